@@ -117,6 +117,13 @@ def evaluate(model, images, labels, autocast):
     return total / len(labels)
 
 
+def keep_freed_memory():
+    """Have glibc keep freed activations. It returns them to the kernel otherwise, and every step faults them in again (README, Speed)."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, 32 MiB is its maximum; M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def brief(error):
     """An exception in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
@@ -151,14 +158,14 @@ def clock(seconds):
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{s:02}s" if minutes else f"{s}s"
 
 
-def number(kind, low, high=sys.maxsize):
+def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from low to high."""
     def parse(text):
         x = kind(text)
-        if not low <= x <= high:
+        if not (low <= x <= high and math.isfinite(x)):
             raise ValueError
         return x
-    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < sys.maxsize else "")  # argparse: "invalid int from 1 value"
+    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")  # argparse: "invalid int from 1 value"
     return parse
 
 
@@ -192,6 +199,7 @@ def parse_args(argv=None):
     p.add_argument("--name", default=None, help="folder of this run in it (default: made from the settings)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    p.add_argument("--no-graph", action="store_true", help="on a GPU: launch every kernel of a step, as a CPU does, instead of one CUDA graph")
     p.add_argument("--fresh", action="store_true", help="start over instead of going on")
     args = p.parse_args(argv)
     if args.data not in ("cifar100", "synthetic") and not args.data.endswith(".npz"):
@@ -224,11 +232,7 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
         torch.backends.cudnn.benchmark = True
-    elif sys.platform == "linux":
-        # glibc returns every freed activation to the kernel and faults it in again a step later; keeping it trains
-        # VGG38 1.3 times and VGG08 1.5 times as fast. -3 is M_MMAP_THRESHOLD (32 MiB, its maximum), -1 M_TRIM_THRESHOLD.
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):
-            getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(option, value)
+    keep_freed_memory()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu.get("avx512_bf16", False)
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
@@ -323,10 +327,10 @@ def main(argv=None):
             plans[1:] = torch.tensor([[4], [4], [0]])  # the middle crop, not mirrored
         metrics.zero_()
         for i, plan in enumerate(plans.split(args.batch_size, dim=1)):
-            if device.type == "cpu" or plan.shape[1] < args.batch_size or eager_steps < 3:
+            if device.type == "cpu" or args.no_graph or plan.shape[1] < args.batch_size or eager_steps < 3:
                 step(plan)
                 eager_steps += 1
-            else:  # one launch for the whole step, after three eager ones as CUDA graphs need; the last partial batch stays eager
+            else:  # one launch for the whole step, after three eager ones as CUDA graphs need; a last partial batch stays eager
                 if graph is None:
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
