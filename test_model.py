@@ -263,7 +263,7 @@ def test_ctrl_c_says_how_to_go_on(npz, tmp_path):
 
 
 def test_diverged_is_a_result(npz, tmp_path):
-    args = [*TINY, "--data", str(npz), "--lr", "1e30", "--epochs", "5", "--out", str(tmp_path), "--name", "a"]
+    args = [*TINY, "--data", str(npz), "--lr", "1e12", "--epochs", "5", "--out", str(tmp_path), "--name", "a"]
     train.main(args)
     result = json.loads((tmp_path / "a/result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result["diverged"] is True and result["epochs"] < 5 and result["final"]["train_loss"] is None
@@ -273,7 +273,7 @@ def test_diverged_is_a_result(npz, tmp_path):
 def test_other_settings_fresh_and_limit(npz, tmp_path, capsys):
     args = [*TINY, "--data", str(npz), "--epochs", "1", "--out", str(tmp_path), "--name", "a"]
     train.main([*args, "--limit", "100", "--no-augment"])
-    assert json.loads((tmp_path / "a/config.json").read_text())["steps_per_epoch"] == 3 and "100 training, 15 validation and 100 test" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a/config.json").read_text())["steps_per_epoch"] == 3 and "100 training, 15 validation, 100 test images, 10 classes" in capsys.readouterr().out
     before = (tmp_path / "a/last.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
         train.main(args)
@@ -292,7 +292,7 @@ def test_default_names_differ_when_settings_do():
 
 
 @pytest.mark.parametrize("flags", ["--stages 6", "--stages 0", "--blocks -1", "--epochs 0", "--batch-size x", "--lr nan", "--wd -1", "--act tanh", "--nonsense",
-                                   "--data cifar10", "--name a/b", "--device mps", "--device gpu", "--device cuda:99", "--precision fp16", "--seed 1.5",
+                                   "--data cifar10", "--name a/b", "--device mps", "--device gpu", "--lr inf", "--precision fp16", "--seed 1.5",
                                    "--limit 286 --data NPZ", "--stages 5 --bn --limit 41 --batch-size 40 --data NPZ"])
 def test_wrong_flags_are_one_line_and_status_2(flags, npz, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -326,9 +326,11 @@ def test_broken_files_are_one_line_and_status_1(npz, tmp_path, monkeypatch):
     train.main([*TINY, "--out", str(tmp_path), "--name", "a", "--epochs", "2", "--data", str(npz)])
     (tmp_path / "a/result.json").unlink()
     whole = (tmp_path / "a/last.pt").read_bytes()
-    for broken in (whole[:1000], b"", train.pack({"model": {}})):
+    for broken in (whole[:1000], b"", b"PK" + whole[2:3000]):
         (tmp_path / "a/last.pt").write_bytes(broken)
         assert "--fresh" in message("--data", npz) and (tmp_path / "a/last.pt").read_bytes() == broken
+    torch.save({"model": {}}, tmp_path / "a/last.pt")
+    assert "--fresh" in message("--data", npz)
     (tmp_path / "a/last.pt").write_bytes(whole)
     (tmp_path / "a/config.json").write_text("{")
     assert "--fresh" in message("--data", npz)

@@ -1,10 +1,12 @@
 """Train one VGG and log its gradients: `python train.py --stages 3 --blocks 10 --residual --bn --wd 1e-3`.
 
-Top to bottom: helpers (data, learning rate, metrics, files), then main(): arguments, data, model, loop.
-A run writes runs/NAME/{config.json,log.csv,grads.csv,last.pt,best.pt,result.json}; the same command goes on from last.pt.
+Top to bottom: data, learning rate, evaluation, files, flags, then main(): set-up, data, model, loop, result.
+A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,result.json}; the same command goes on from last.pt.
 """
 import argparse
+import contextlib
 import ctypes
+import datetime
 import functools
 import io
 import json
@@ -28,48 +30,43 @@ ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
 
 
 def split_indices(n):
-    """Training and validation indices of n images, 95 % to 5 % and the same for every seed (the paper's split for n = 50,000)."""
+    """Training (95 %) and validation indices of n images, whatever the run's seed; for n = 50,000 the paper's split."""
     train = np.random.RandomState(0).choice(n, n - n // 20, replace=False)
     return train, np.setdiff1d(np.arange(n), train)
 
 
 def synthetic(n_train=10_000, n_test=2_000, classes=100):
-    """A learnable stand-in made from a fixed seed, the four ARRAYS: one blurry random image a class, under heavy noise."""
+    """A learnable stand-in made from a fixed seed, the four ARRAYS: one coarse random picture a class, under heavy noise."""
     rng = np.random.RandomState(0)
-    prototypes = rng.uniform(-1, 1, (classes, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
+    pictures = rng.uniform(-1, 1, (classes, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
     labels = rng.randint(classes, size=n_train + n_test)
-    images = 128 + 40 * prototypes[labels] + rng.normal(0, 40, (len(labels), 32, 32, 3))
-    images = images.clip(0, 255).astype(np.uint8)
+    images = (128 + 40 * pictures[labels] + rng.normal(0, 40, (len(labels), 32, 32, 3))).clip(0, 255).astype(np.uint8)
     return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
 
 
 def load_data(source, data_dir="data"):
-    """[(images, labels) of train, validation, test], uint8 (N, 3, 32, 32) and int64 (N,). SystemExit with one line if it cannot."""
+    """[(images, labels) of training, validation, test], uint8 (N, 3, 32, 32) and int64 (N,).
+
+    source: "cifar100" (downloaded to data_dir if it is not there), "synthetic" or a .npz. SystemExit with one line on failure.
+    """
     if source == "synthetic":
         arrays = synthetic()
     elif source == "cifar100":
-        try:
-            from torchvision.datasets import CIFAR100  # here, because the import takes seconds and only this source needs it
+        with exit_with(f"no CIFAR-100 in {data_dir}/ and no download; bring it as --data FILE.npz, or use --data synthetic"):
+            from torchvision.datasets import CIFAR100  # here, because the import takes seconds and only this needs it
             parts = [CIFAR100(data_dir, train=train, download=True) for train in (True, False)]
-        except Exception as error:
-            sys.exit(f"CIFAR-100 could not be downloaded to or read from {data_dir}/ ({brief(error)}). "
-                     "Two ways on: --data FILE.npz with the data set in it, or --data synthetic")
-        arrays = [a for part in parts for a in (part.data, np.array(part.targets))]
+        arrays = [array for part in parts for array in (part.data, np.array(part.targets))]
     else:
-        try:
+        with exit_with(f"{source} cannot be used; it must hold {', '.join(ARRAYS)}: images (N, 32, 32, 3) uint8, labels (N,) from 0"):
             with np.load(source) as file:
                 arrays = [file[key] for key in ARRAYS]
             for x, y in (arrays[:2], arrays[2:]):
-                if x.dtype != np.uint8 or x.shape != (len(x), 32, 32, 3) or y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
-                    raise ValueError(f"found images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} from {y.min()}")
-            if len(arrays[0]) < 20:
-                raise ValueError("fewer than 20 training images")
-        except Exception as error:
-            sys.exit(f"{source} cannot be used ({brief(error)}). It must hold {', '.join(ARRAYS)}: "
-                     "images (N, 32, 32, 3) uint8, labels (N,) integers from 0")
-    x, y, *test = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-    pairs = [*((x[i], y[i]) for i in split_indices(len(x))), test]
-    return [(x.permute(0, 3, 1, 2), y.long()) for x, y in pairs]  # the permuted view is channels_last already
+                if (x.dtype, x.shape, y.shape) != (np.uint8, (len(x), 32, 32, 3), (len(x),)) or y.dtype.kind not in "iu" or min(y) < 0:
+                    raise ValueError(f"found images {x.dtype} {x.shape} and labels {y.dtype} {y.shape}")
+            split_indices(len(arrays[0]))[1][0]  # IndexError under 20 images
+    x, y, *test = [torch.from_numpy(array) for array in arrays]
+    parts = [*((x[i], y[i]) for i in split_indices(len(x))), test]
+    return [(x.permute(0, 3, 1, 2), y.long()) for x, y in parts]  # the permuted view is channels_last already
 
 
 @functools.cache  # a step that is being captured may not copy from the host
@@ -80,20 +77,18 @@ def per_channel(values, device):
 
 def normalise(images):
     """uint8 (N, 3, 32, 32) -> float32, channels_last: (x / 255 - mean) / std."""
-    mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    images = (images / 255 - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def draw(n, generator):
-    """An epoch's augmentation, (4, n) int64: a shuffled order, then each image's crop row and column (0 to 8) and flip (0 or 1)."""
-    def uniform(high):
-        return torch.randint(high, (n,), generator=generator, device=generator.device)
+    """An epoch's augmentation, (4, n) int64: a shuffled order, then each image's crop row and column (0 to 8) and flip (0, 1)."""
     order = torch.randperm(n, generator=generator, device=generator.device)
-    return torch.stack([order, uniform(9), uniform(9), uniform(2)])
+    return torch.stack([order, *(torch.randint(k, (n,), generator=generator, device=generator.device) for k in (9, 9, 2))])
 
 
 def augment(padded, plan):
-    """A batch of random crops, half of them mirrored: uint8 (N, 3, 40, 40) and some columns (4, B) of draw() -> uint8 (B, 3, 32, 32)."""
+    """Random crops, half of them mirrored: uint8 (N, 3, 40, 40) and columns (4, B) of draw() -> uint8 (B, 3, 32, 32)."""
     order, row, column, flip = plan
     images = padded.unfold(2, 32, 1).unfold(3, 32, 1)[order, :, row, column]  # a view of all 9 x 9 crops, then one gather
     return torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
@@ -118,63 +113,60 @@ def evaluate(model, images, labels, autocast):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed activations. It returns them to the kernel otherwise, and every step faults them in again (README, Speed)."""
+    """Have glibc keep freed activations: by default it returns them to the kernel, and every step faults them in again."""
     if platform.libc_ver()[0] == "glibc":
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, 32 MiB is its maximum; M_TRIM_THRESHOLD
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD (32 MiB is its maximum), M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def brief(error):
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
-
-
-def write(path, data):
-    """Replace a file whole, so that a run killed at any moment leaves the old one or the new one. data: bytes or str."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def exit_with(line, errors=Exception):
+    """End the program with one line and status 1 where the block fails."""
     try:
-        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+        yield
+    except errors as error:
+        sys.exit(f"train.py: {line} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})")
+
+
+def usage_error(message):
+    """End the program with one line and status 2."""
+    print(f"train.py: {message} (python train.py --help)", file=sys.stderr)
+    sys.exit(2)
+
+
+def write(path, content):
+    """Replace a file whole, so that a run killed at any moment leaves the old one or the new. content: str, or what torch.save takes."""
+    buffer, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # torch.save goes through memory, so that a full disk is an OSError for every kind of file
+    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
+    try:
+        temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def pack(state):
-    """torch.save to bytes: through memory, so that a full disk is an OSError as for every other file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
 def csv_text(rows):
-    """Rows (dicts with the same keys) as CSV."""
-    lines = [rows[0].keys()] + [[f"{v:.8g}" for v in row.values()] for row in rows]
-    return "".join(",".join(line) + "\n" for line in lines)
+    """Rows (dicts of numbers with the same keys) as CSV."""
+    return "\n".join([",".join(rows[0]), *(",".join(f"{value:.8g}" for value in row.values()) for row in rows), ""])
 
 
-def clock(seconds):
-    """1h02m, 3m04s or 5s."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{s:02}s" if minutes else f"{s}s"
-
-
-def number(kind, low, high=math.inf):
+def number(kind, low, high=2**40):
     """An argparse type: an int or a float from low to high."""
     def parse(text):
-        x = kind(text)
-        if not (low <= x <= high and math.isfinite(x)):
+        if not low <= (value := kind(text)) <= high:
             raise ValueError
-        return x
-    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")  # argparse: "invalid int from 1 value"
+        return value
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse: "invalid int from 1 to 5 value: '6'"
     return parse
 
 
 def parse_args(argv=None):
-    """The flags, with the paper's settings as defaults. Usage errors end in one line and exit status 2."""
+    """The flags, and of them the settings that a run's figures depend on. Wrong flags end in one line and status 2."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = lambda message: p.exit(2, f"train.py: {message} (see python train.py --help)\n")
+    p.error = usage_error
     # model
-    p.add_argument("--stages", type=number(int, 1, 5), default=3, help="each halves the image, 5 at most")
+    p.add_argument("--stages", type=number(int, 1, 5), default=3, help="each halves the image")
     p.add_argument("--blocks", type=number(int, 0), default=5, help="ordinary blocks a stage, before its reduction block")
     p.add_argument("--filters", type=number(int, 1), default=32)
     p.add_argument("--bn", action="store_true", help="batch norm after every conv, not only the first")
@@ -187,90 +179,75 @@ def parse_args(argv=None):
     p.add_argument("--lr-min", type=number(float, 0), default=2e-5, help="what the cosine goes down to")
     p.add_argument("--lr-scale", type=number(float, 0), default=1.0, help="multiplies both ends")
     p.add_argument("--wd", type=number(float, 0), default=0.0, help="weight decay, Adam's own (L2 in the gradient)")
-    p.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="of the weights and the batches, not of the split")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of the weights and the batches, not of the split")
     p.add_argument("--no-augment", action="store_true", help="no random crops and flips")
     # data
     p.add_argument("--data", default="cifar100", help="cifar100, synthetic or FILE.npz")
     p.add_argument("--limit", type=number(int, 1), default=None, help="only so many training images, for a quick look")
-    settings = [action.dest for action in p._actions if action.dest != "help"]  # what follows does not change a run's figures
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native")
+    settings = [action.dest for action in p._actions[1:]]
+    # the run: nothing that changes its figures
     p.add_argument("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
-    # run
-    p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument("--out", type=Path, default="runs", help="folder of the runs")
     p.add_argument("--name", default=None, help="folder of this run in it (default: made from the settings)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    p.add_argument("--no-graph", action="store_true", help="on a GPU: launch every kernel of a step, as a CPU does, instead of one CUDA graph")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--no-graph", action="store_true", help="on a GPU: launch a step's kernels one by one, not as a CUDA graph")
     p.add_argument("--fresh", action="store_true", help="start over instead of going on")
     args = p.parse_args(argv)
     if args.data not in ("cifar100", "synthetic") and not args.data.endswith(".npz"):
-        p.error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
+        usage_error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
+    settings = {key: getattr(args, key) for key in settings}
     if args.name is None:  # every setting that is not the default, so that different settings never share a folder
-        args.name = f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"
-        for key in settings + ["precision"]:
-            value = getattr(args, key)
-            if value != p.get_default(key):
-                args.name += f"_{key}" if value is True else f"_{key}={value}"
-        args.name = re.sub(r"[^\w.+=-]+", "-", args.name)
-    if args.name != Path(args.name).name or args.name in ("", ".", ".."):
-        p.error(f"--name is one folder's name without slashes, not {args.name}; --out says where it goes")
-    try:
-        cuda = torch.cuda.is_available()
-        device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
-    except RuntimeError:
-        p.error(f"--device is auto, cpu, cuda or cuda:N, not {args.device}")
-    if device.type not in ("cpu", "cuda"):
-        p.error(f"--device {args.device} is not supported here, only cpu and cuda are: use --device cpu")
-    if device.type == "cuda" and not (cuda and (device.index or 0) < torch.cuda.device_count()):
-        p.error(f"--device {args.device}: PyTorch sees no such GPU; use --device cpu")
-    return args, {key: getattr(args, key) for key in settings}, device, p.error
+        changed = [key if value is True else f"{key}={value}" for key, value in settings.items() if value != p.get_default(key)]
+        args.name = re.sub(r"[^\w.+=-]+", "-", "_".join([f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}", *changed]))
+    if not re.fullmatch(r"(?!\.+$)[^/\\]+", args.name):
+        usage_error(f"--name is one folder's name without slashes, not {args.name!r}; --out says where it goes")
+    return args, settings
 
 
 def main(argv=None):
-    # ---- arguments
-    args, settings, device, usage_error = parse_args(argv)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    # ---- set-up
+    args, settings = parse_args(argv)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        usage_error("--device cuda: PyTorch sees no GPU; use --device cpu")
+    device = torch.device("cuda" if cuda else "cpu")
+    if cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
         torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu.get("avx512_bf16", False)
-    precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
-    # bf16 has float32's exponent range, so even gradients of 1e-30 need no loss scaling and are logged as they are
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
-    settings["precision"] = precision
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu.get("cpu_name") or platform.machine()
-    if device.type == "cpu":
-        hardware += f", {torch.get_num_threads()} threads"
+        hardware, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        keep_freed_memory()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        hardware, native = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads", cpu.get("avx512_bf16")
+    if args.precision == "auto":
+        settings["precision"] = "bf16" if native else "fp32"
+    # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling and is logged as it is
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16", cache_enabled=False)
 
-    run = Path(args.out) / args.name
-    state = None
-    if not args.fresh and any((run / name).exists() for name in ("config.json", "last.pt", "result.json")):
-        try:
+    run, state = args.out / args.name, None
+    if not args.fresh and any((run / file).exists() for file in ("config.json", "last.pt", "result.json")):
+        with exit_with(f"{run} cannot be read: move it away, or start over with --fresh"):
             old = json.loads((run / "config.json").read_text())["settings"]
             result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else None
-            if (run / "last.pt").exists():
-                state = torch.load(run / "last.pt", map_location=device, weights_only=True)
-        except Exception as error:
-            sys.exit(f"{run} cannot be read ({brief(error)}): move it away, or start over with --fresh")
-        for key in settings:
-            if old.get(key) != settings[key]:
-                usage_error(f"{run} was made with {key} {old.get(key)}, not {settings[key]}: use the same settings, another --name, or --fresh")
+            state = torch.load(run / "last.pt", map_location=device, weights_only=True) if (run / "last.pt").exists() else None
+        for key, value in settings.items():
+            if old.get(key) != value:
+                usage_error(f"{run} was made with {key} {old.get(key)}, not {value}: use that, another --name or --out, or --fresh")
         if result:
-            print(f"{run} is finished: {summary(result)}")
-            return
+            return print(f"{run} is finished: {summary(result)}")
 
     # ---- data
     train, val, test = load_data(args.data, args.data_dir)
     classes = 1 + max(labels.max().item() for _, labels in (train, val, test))
-    if args.limit and args.limit > len(train[1]):
-        usage_error(f"--limit {args.limit} is more than the {len(train[1])} training images of {args.data}")
-    train = [t[:args.limit] for t in train]  # in the order of the split, which is random
-    n, (val, test) = len(train[1]), [[t.to(device) for t in pair] for pair in (val, test)]
-    images, labels = F.pad(train[0], [4] * 4).to(device), train[1].to(device)  # padded before normalising: black
-    steps = math.ceil(n / args.batch_size)
+    n = args.limit or len(train[1])
+    if n > len(train[1]):
+        usage_error(f"--limit {n} is more than the {len(train[1])} training images of {args.data}")
     if args.bn and args.stages == 5 and n % args.batch_size == 1:
-        usage_error(f"batch norm cannot train on the last batch's single image once the map is 1 x 1: change --batch-size or --limit")
+        usage_error("batch norm cannot train on a last batch of one image once the map is 1 x 1: use another --batch-size or --limit")
+    steps = math.ceil(n / args.batch_size)
+    images = F.pad(train[0][:n], [4] * 4).to(device)  # padded before it is normalised, so with black; the split's order is random
+    labels, val, test = train[1].to(device), *([tensor.to(device) for tensor in part] for part in (val, test))
 
     # ---- model
     torch.manual_seed(args.seed)
@@ -278,34 +255,31 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     layers, parameters = model.weight_layers(), sum(p.numel() for p in model.parameters())
     # lr is a tensor on the device so that a captured step sees it change; capturable, likewise, is for CUDA graphs
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), weight_decay=args.wd,
-                                 fused=True, capturable=device.type == "cuda")
+    lr = torch.tensor(args.lr, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=args.wd, fused=True, capturable=cuda)
     log, grads, best = [], [], None
     if state:
-        try:
+        with exit_with(f"{run}/last.pt cannot be read: move {run} away, or start over with --fresh"):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
             log, grads, best = state["log"], state["grads"], state["best"]
-        except Exception as error:
-            sys.exit(f"{run}/last.pt cannot be read ({brief(error)}): move it away, or start over with --fresh")
     else:
         run.mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):  # last.pt first: no run goes on from another's
-            (run / name).unlink(missing_ok=True)
-        command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-        write(run / "config.json", json.dumps({"name": args.name, "command": command, "settings": settings, "layers": model.num_layers,
-                                               "parameters": parameters, "steps_per_epoch": steps}, indent=1) + "\n")
-
-    print(f"{run}: {model.num_layers} layers, {parameters:,} parameters; {n:,} training, {len(val[1]):,} validation and "
-          f"{len(test[1]):,} test images of {args.data}, {classes} classes")
-    print(f"{device} ({hardware}), {precision}{' (picked by --precision auto)' if args.precision == 'auto' else ''}; "
-          f"{args.epochs} epochs of {steps} steps at batch {args.batch_size}" + (f"; going on after epoch {len(log)}" if log else ""))
+        for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
+            (run / file).unlink(missing_ok=True)
+        write(run / "config.json", json.dumps({
+            "name": args.name, "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
+            "settings": settings, "layers": model.num_layers, "parameters": parameters, "steps_per_epoch": steps}, indent=1) + "\n")
+    print(f"{run}: {model.num_layers} layers, {parameters:,} parameters; {args.data}: {n:,} training, {len(val[1]):,} validation, "
+          f"{len(test[1]):,} test images, {classes} classes")
+    print(f"{hardware} ({device}), {settings['precision']}{' (--precision auto)' if args.precision == 'auto' else ''}, batch "
+          f"{args.batch_size}, {args.epochs} epochs of {steps} steps" + (f"; going on after epoch {len(log)}" if log else ""))
 
     # ---- loop
-    metrics = torch.zeros(2, device=device)  # sums of the mini-batches' loss and accuracy: fetched once an epoch
+    metrics = torch.zeros(2, device=device)  # sums of the mini-batches' losses and accuracies, fetched once an epoch
 
     def step(plan):
-        """One step of Adam on the images of plan, (4, B)."""
+        """One step of Adam on the images of plan, columns (4, B) of draw()."""
         x, y = normalise(augment(images, plan)), labels[plan[0]]
         optimizer.zero_grad()
         with autocast:
@@ -317,20 +291,20 @@ def main(argv=None):
 
     graph, eager_steps, batch = None, 0, torch.empty(4, args.batch_size, dtype=torch.int64, device=device)
     live = sys.stdout.isatty()
+    wipe = "\r\033[K" * live
     while len(log) < args.epochs and not (log and diverged(log[-1])):
         epoch, start, shown = len(log), time.perf_counter(), 0.0
         lr = cosine_lr(epoch, args.epochs, args.lr * args.lr_scale, args.lr_min * args.lr_scale)
         optimizer.param_groups[0]["lr"].fill_(lr)
-        # seeded by the epoch, so that going on needs no generator's state
-        plans = draw(n, torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch))
+        plans = draw(n, torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch))  # by epoch: going on needs no state
         if args.no_augment:
             plans[1:] = torch.tensor([[4], [4], [0]])  # the middle crop, not mirrored
         metrics.zero_()
-        for i, plan in enumerate(plans.split(args.batch_size, dim=1)):
-            if device.type == "cpu" or args.no_graph or plan.shape[1] < args.batch_size or eager_steps < 3:
+        for i, plan in enumerate(plans.split(args.batch_size, dim=1), 1):
+            if not cuda or args.no_graph or plan.shape[1] < args.batch_size or eager_steps < 3:
                 step(plan)
                 eager_steps += 1
-            else:  # one launch for the whole step, after three eager ones as CUDA graphs need; a last partial batch stays eager
+            else:  # the whole step in one launch, after three eager ones as CUDA graphs need; a last partial batch stays eager
                 if graph is None:
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -339,61 +313,55 @@ def main(argv=None):
                 graph.replay()
             if live and time.perf_counter() - shown > 0.2:
                 shown = time.perf_counter()
-                rate = (i + 1) / (shown - start)
-                print(f"\repoch {epoch + 1}/{args.epochs}  step {i + 1}/{steps}  {rate:.1f} steps/s  "
-                      f"{clock((steps * (args.epochs - epoch) - i - 1) / rate)} left\033[K", end="", flush=True)
+                print(f"{wipe}epoch {epoch + 1:3}/{args.epochs}  step {i}/{steps}  {i / (shown - start):.1f} steps/s", end="", flush=True)
         flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()  # waits for the device
-        trained = time.perf_counter()
+        seconds = time.perf_counter() - start
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
         (train_loss, train_acc), (val_loss, val_acc) = (metrics / steps).tolist(), evaluate(model, *val, autocast).tolist()
-        now = time.perf_counter()
-        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss, "val_acc": val_acc,
-                    "grad_norm": norm, "seconds": now - start, "steps_per_s": steps / (trained - start)})
+        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
+                    "val_acc": val_acc, "grad_norm": norm, "seconds": time.perf_counter() - start, "steps_per_s": steps / seconds})
         grads.append({"epoch": epoch + 1, **dict(zip(layers, flow))})
         if best is None or val_acc > best["val_acc"]:
-            best = {**log[-1], "model": {k: v.clone() for k, v in model.state_dict().items()}}
+            best = {**log[-1], "model": {key: tensor.clone() for key, tensor in model.state_dict().items()}}
         write(run / "log.csv", csv_text(log))
         write(run / "grads.csv", csv_text(grads))
-        write(run / "best.pt", pack(best["model"]))
-        # last, and with all the others hold: what a kill leaves ahead of it is made and written again
-        write(run / "last.pt", pack({"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
-                                     "log": log, "grads": grads, "best": best}))
-        print(f"{chr(13) if live else ''}epoch {epoch + 1:3}/{args.epochs}  lr {lr:.1e}  train {train_loss:.3f} {train_acc:5.2f} %  "
-              f"val {val_loss:.3f} {val_acc:5.2f} %  |grad| {norm:.1e}  {log[-1]['steps_per_s']:.1f} steps/s  "
-              f"{clock((now - start) * (args.epochs - epoch - 1))} left" + ("\033[K" if live else ""), flush=True)
+        write(run / "best.pt", best["model"])
+        # last, and with all of the above in it: what a kill leaves ahead of it is made and written again
+        write(run / "last.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"], "log": log,
+                                "grads": grads, "best": best})
+        left = datetime.timedelta(seconds=round(log[-1]["seconds"] * (args.epochs - epoch - 1)))
+        print(f"{wipe}epoch {epoch + 1:3}/{args.epochs}  lr {lr:.1e}  train {train_loss:.3f} {train_acc:5.2f} %  val {val_loss:.3f} "
+              f"{val_acc:5.2f} %  |grad| {norm:.1e}  {steps / seconds:.1f} steps/s  {left} left", flush=True)
 
     # ---- result
     model.load_state_dict(best.pop("model"))
     test_loss, test_acc = evaluate(model, *test, autocast).tolist()
-    result = {"name": args.name, "epochs": len(log), "diverged": diverged(log[-1]), "final": log[-1], "best": best, "test_loss": test_loss,
-              "test_acc": test_acc, "parameters": parameters, "layers": model.num_layers, "device": f"{device} ({hardware})", "precision": precision,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "seconds": sum(row["seconds"] for row in log)}
-    write(run / "result.json", re.sub(r"(?<=: )(NaN|-?Infinity)\b", "null", json.dumps(result, indent=1)) + "\n")
-    print(f"{run} is finished: {summary(result)}")
+    result = {"name": args.name, "epochs": len(log), "diverged": diverged(log[-1]), "final": log[-1], "best": best,
+              "test_loss": test_loss, "test_acc": test_acc, "parameters": parameters, "layers": model.num_layers,
+              "device": f"{device} ({hardware})", "precision": settings["precision"], "seconds": sum(row["seconds"] for row in log),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    text = re.sub(r"(?<=: )(NaN|-?Infinity)\b", "null", json.dumps(result, indent=1))  # JSON has neither
+    write(run / "result.json", text + "\n")
+    print(f"{run} is finished: {summary(json.loads(text))}")
 
 
 def diverged(row):
     """True if a row of the log has a loss that is not finite."""
-    return not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"]))
+    return not math.isfinite(row["train_loss"] + row["val_loss"])
 
 
 def summary(result):
     """result.json in one line."""
     best = result["best"]
-    return (("diverged, " if result["diverged"] else "") + f"{result['epochs']} epochs, best validation accuracy {best['val_acc']:.2f} % in epoch "
-            f"{best['epoch']}, where test accuracy is {result['test_acc']:.2f} % and test loss {result['test_loss'] or math.nan:.3f}")
+    return (f"{'diverged after ' * result['diverged']}{result['epochs']} epochs, best validation accuracy {best['val_acc']:.2f} % in "
+            f"epoch {best['epoch']}, there test accuracy {result['test_acc']:.2f} %, test loss {result['test_loss'] or math.nan:.3f}")
 
 
 if __name__ == "__main__":
+    advice = "what was written before is whole: mend this, and the same command goes on"
     try:
-        main()
+        with exit_with(advice, (OSError, MemoryError, torch.OutOfMemoryError)):
+            main()
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        sys.exit(f"train.py: {brief(error)}. What was written before is whole: mend this and the same command goes on")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower():
-            raise
-        sys.exit(f"train.py: {brief(error)}. Use a smaller --batch-size or net, or --device cpu")
