@@ -168,13 +168,13 @@ def parse_args(argv=None):
     # model
     p.add_argument("--stages", type=number(int, 1, 5), default=3, help="each halves the image")
     p.add_argument("--blocks", type=number(int, 0), default=5, help="ordinary blocks a stage, before its reduction block")
-    p.add_argument("--filters", type=number(int, 1), default=32)
+    p.add_argument("--filters", type=number(int, 1), default=32, help="channels of every conv")
     p.add_argument("--bn", action="store_true", help="batch norm after every conv, not only the first")
-    p.add_argument("--residual", action="store_true")
-    p.add_argument("--act", choices=["leaky_relu", "sigmoid"], default="leaky_relu")
+    p.add_argument("--residual", action="store_true", help="add each block's input to its output")
+    p.add_argument("--act", choices=["leaky_relu", "sigmoid"], default="leaky_relu", help="everywhere")
     # training
-    p.add_argument("--epochs", type=number(int, 1), default=100)
-    p.add_argument("--batch-size", type=number(int, 1), default=100)
+    p.add_argument("--epochs", type=number(int, 1), default=100, help="also the cosine's length")
+    p.add_argument("--batch-size", type=number(int, 1), default=100, help="a last partial batch is kept")
     p.add_argument("--lr", type=number(float, 0), default=1e-3, help="of the first epoch")
     p.add_argument("--lr-min", type=number(float, 0), default=2e-5, help="what the cosine goes down to")
     p.add_argument("--lr-scale", type=number(float, 0), default=1.0, help="multiplies both ends")
@@ -190,7 +190,7 @@ def parse_args(argv=None):
     p.add_argument("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     p.add_argument("--out", type=Path, default="runs", help="folder of the runs")
     p.add_argument("--name", default=None, help="folder of this run in it (default: made from the settings)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     p.add_argument("--no-graph", action="store_true", help="on a GPU: launch a step's kernels one by one, not as a CUDA graph")
     p.add_argument("--fresh", action="store_true", help="start over instead of going on")
     args = p.parse_args(argv)
@@ -214,7 +214,7 @@ def main(argv=None):
     device = torch.device("cuda" if cuda else "cpu")
     if cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # fp32 is to mean float32
         hardware, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         keep_freed_memory()
