@@ -110,6 +110,10 @@ def curves(groups, panels, title, path):
                 axis.fill_between(epochs, val.min(0), val.max(0), color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
+        done = [runs[0]["done"] for runs in groups]
+        if max(done) > 4 * min(done):  # a short run beside a long one is a speck on a linear axis
+            axis.set(xscale="log", xlabel="epoch (logarithmic: the runs differ in length)")
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         if metric == "loss":  # the first epochs of a large learning rate would flatten all the rest
             axis.set_ylim(0, min(axis.get_ylim()[1], max(6, 2 * max(run["log"]["val_loss"][-1] for runs in groups for run in runs))))
@@ -137,6 +141,7 @@ def gradient_flow(runs, title, path):
             if len(names) <= 12:
                 axis.set_xticks(x, [n.replace("blocks.", "block ").replace(".", "\n") for n in names], fontsize=8)
             axis.grid(alpha=0.3)
+        row[0].ticklabel_format(axis="y", scilimits=(-3, 3))
         figure.colorbar(colour, ax=row[1], label="epoch").locator = plt.MaxNLocator(5, integer=True)
     limits = np.array([axis.get_ylim() for axis in axes[:, 1]])
     plt.setp(axes[:, 1], ylim=(min(1e-6, limits.min()), max(1, limits.max())))  # one scale, so that rows compare

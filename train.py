@@ -157,7 +157,7 @@ def number(kind, low, high=2**40):
         if not low <= (value := kind(text)) <= high:
             raise ValueError
         return value
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse: "invalid int from 1 to 5 value: '6'"
+    parse.__name__ = f"{kind.__name__} from {low}" + f" to {high}" * (high < 2**40)  # argparse: "invalid int from 1 to 5 value: '6'"
     return parse
 
 
@@ -270,8 +270,9 @@ def main(argv=None):
         write(run / "config.json", json.dumps({
             "name": args.name, "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
             "settings": settings, "layers": model.num_layers, "parameters": parameters, "steps_per_epoch": steps}, indent=1) + "\n")
-    print(f"{run}: {model.num_layers} layers, {parameters:,} parameters; {args.data}: {n:,} training, {len(val[1]):,} validation, "
-          f"{len(test[1]):,} test images, {classes} classes")
+    print(f"{run}: {model.num_layers} layers ({args.stages} stages of {args.blocks} blocks{', batch norm' * args.bn}"
+          f"{', residual' * args.residual}, {args.act}), {parameters:,} parameters")
+    print(f"{args.data}: {n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images, {classes} classes")
     print(f"{hardware} ({device}), {settings['precision']}{' (--precision auto)' if args.precision == 'auto' else ''}, batch "
           f"{args.batch_size}, {args.epochs} epochs of {steps} steps" + (f"; going on after epoch {len(log)}" if log else ""))
 

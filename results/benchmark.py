@@ -133,7 +133,7 @@ def first_step():
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, Path(train.__file__), "--bn", "--residual", "--data", "synthetic", "--out", out],
                                    stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        process.stdout.readline(), process.stdout.readline()  # the two lines before the loop
+        [process.stdout.readline() for _ in range(3)]  # the lines before the loop
         seconds = time.perf_counter() - start
         process.kill()
         process.wait()
