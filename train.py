@@ -5,7 +5,6 @@ A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,result.jso
 """
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
 import io
@@ -112,13 +111,6 @@ def evaluate(model, images, labels, autocast):
     return total / len(labels)
 
 
-def keep_freed_memory():
-    """Have glibc keep freed activations: by default it returns them to the kernel, and every step faults them in again."""
-    if platform.libc_ver()[0] == "glibc":
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD (32 MiB is its maximum), M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-
-
 @contextlib.contextmanager
 def exit_with(line, errors=Exception):
     """End the program with one line and status 1 where the block fails."""
@@ -217,7 +209,6 @@ def main(argv=None):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # fp32 is to mean float32
         hardware, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        keep_freed_memory()
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         hardware, native = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads", cpu.get("avx512_bf16")
     if args.precision == "auto":
