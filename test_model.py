@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -176,6 +177,22 @@ def test_normalisation_is_the_frameworks():
     theirs = v2.Normalize(train.MEAN, train.STD)(v2.ToDtype(torch.float32, scale=True)(images))
     torch.testing.assert_close(train.normalise(images), theirs)
     assert train.normalise(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cifar100_is_read_as_torchvision_has_it(npz, tmp_path, monkeypatch):
+    """The official archive's files, but with 300 and 100 images: the fine labels, in the archive's order, split as any other data set."""
+    data, folder = np.load(npz), tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for part in ("train", "test"):
+        images, labels = data[f"{part}_images"].transpose(0, 3, 1, 2).reshape(-1, 3072), data[f"{part}_labels"].tolist()
+        (folder / part).write_bytes(pickle.dumps({"data": images, "fine_labels": labels, "coarse_labels": [0] * len(labels)}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(10)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    for (x, y), (x2, y2) in zip(train.load_data("cifar100", tmp_path), train.load_data(str(npz)), strict=True):
+        assert torch.equal(x, x2) and torch.equal(y, y2) and x.dtype == torch.uint8 and x.shape[1:] == (3, 32, 32)
+    kept, _ = train.split_indices(300)
+    (x, y), *_ = train.load_data(str(npz))
+    assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), data["train_images"][kept]) and np.array_equal(y, data["train_labels"][kept])
 
 
 # ---- train.py: whole runs

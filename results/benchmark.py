@@ -6,7 +6,7 @@ is measured in a process of its own, in turns (--rounds), and the ratios are med
   conventional  torchvision transforms on PIL images, a DataLoader with 2 workers, float32, NCHW, plain Adam, loss.item() every step
   bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no augmentation, no figures; glibc is
                 told to keep freed memory, as it does by itself in a process that has once freed a data set
-Also: time to the first step, evaluation and checkpoint as a share of a 475-step epoch, and peak memory, of VGG38 and of VGG132.
+Also: time to the loop, evaluation and checkpoint as a share of a 475-step epoch, and peak memory, of VGG38 and of VGG132.
 """
 import argparse
 import json
@@ -121,8 +121,8 @@ def bare():
     return {"rate": rate(step)}
 
 
-def first_step():
-    """Seconds from the command to its first step, beside what `import torch` alone takes."""
+def start_up():
+    """Seconds from the command to the loop, beside what `import torch` alone takes."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     imported = time.perf_counter() - start
@@ -137,7 +137,7 @@ def first_step():
     return {"rate": seconds - imported}
 
 
-MODES = {"train.py": ours, "conventional": conventional, "bare": bare, "first step": first_step, "VGG132": lambda: ours(["--bn", "--residual", "--stages", "5", "--blocks", "12"])}
+MODES = {"train.py": ours, "conventional": conventional, "bare": bare, "start": start_up, "VGG132": lambda: ours(["--bn", "--residual", "--stages", "5", "--blocks", "12"])}
 
 
 def measure(mode):
@@ -167,7 +167,7 @@ def main():
         print(f"train.py / {mode}: {statistics.median(ratios):.2f} (median; {min(ratios):.2f} to {max(ratios):.2f})")
     best = rounds[-1]["train.py"]
     print(f"evaluation and checkpoint: {100 * best['rest'] / (best['rest'] + 475 / best['rate']):.1f} % of a 475-step epoch")
-    print(f"to the first step, beside import torch: {measure('first step')['rate']:.1f} s")
+    print(f"from the command to the loop, beside import torch: {measure('start')['rate']:.1f} s")
     print(f"peak memory: VGG38 {best['peak']:.2f} GiB, VGG132 {measure('VGG132')['peak']:.2f} GiB" + ("" if GPU else " (of the process)"))
 
 
