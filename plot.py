@@ -88,11 +88,11 @@ def read_seeds(folder, name):
 
 
 def length(runs):
-    """"" for full runs; else what is missing of the paper's 100 epochs: "5 epochs" or "12 of 100 epochs"."""
-    planned, done = runs[0]["planned"], runs[0]["done"]
-    if runs[0]["result"] and runs[0]["result"]["diverged"]:
+    """"" for the paper's 100 epochs; else how many: "5 epochs, short", "12 of 100 epochs" or "diverged in epoch 3"."""
+    planned, done, result = runs[0]["planned"], runs[0]["done"], runs[0]["result"]
+    if result and result["diverged"]:
         return f"diverged in epoch {done}"
-    return "" if planned == done == 100 else f"{done} epochs" if planned == done else f"{done} of {planned} epochs"
+    return "" if planned == done == 100 else f"{done}{f' of {planned}' * (done < planned)} epochs{', short' * (planned < 100)}"
 
 
 def curves(groups, panels, title, path):
@@ -168,8 +168,7 @@ def note(runs):
     """The last column: how many epochs and seeds ours had."""
     if not runs:
         return "–"
-    short = "" if runs[0]["planned"] == 100 else ", short"
-    return f"{length(runs) or '100 epochs'}{short}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+    return f"{length(runs) or '100 epochs'}, {len(runs)} seed{'s' * (len(runs) > 1)}"
 
 
 def markdown(title, header, rows):

@@ -350,7 +350,7 @@ def summary(result):
 
 
 if __name__ == "__main__":
-    advice = "what was written before is whole: mend this, and the same command goes on"
+    advice = "stopped; what was written before is whole, and with this mended the same command goes on"
     try:
         with exit_with(advice, (OSError, MemoryError, torch.OutOfMemoryError)):
             main()
