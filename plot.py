@@ -136,8 +136,8 @@ def gradient_flow(runs, title, path):
                 # exact zeros have no place on a logarithmic axis: they are drawn at float32's smallest number
                 axis.plot(x, values if scale == "linear" else np.where(values == 0, 1e-45, values), color=colour.to_rgba(epoch), linewidth=0.9,
                           marker="." if len(names) < 100 else None, markersize=4)
-            axis.set(yscale=scale, xlabel="weight layer, from input to output", ylabel="mean |gradient|",
-                     title=run["label"] + (f" ({length([run])})" if length([run]) else "") + f", {scale}")
+            axis.set(yscale=scale, xlabel="weight layer, from input to output", ylabel="mean |gradient|")
+            axis.set_title(run["label"] + (f" ({length([run])})" if length([run]) else "") + f", {scale}", fontsize=9)
             if len(names) <= 12:
                 axis.set_xticks(x, [n.replace("blocks.", "block ").replace(".", "\n") for n in names], fontsize=8)
             axis.grid(alpha=0.3)

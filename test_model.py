@@ -199,14 +199,14 @@ def test_cifar100_is_read_as_torchvision_has_it(npz, tmp_path, monkeypatch):
 
 def test_a_run_is_the_papers_recipe(npz, tmp_path):
     """Two epochs against a plain loop: PyTorch's ordinary Adam, one image at a time cropped, a float learning rate."""
-    train.main([*TINY, "--data", str(npz), "--epochs", "2", "--wd", "1e-2", "--precision", "fp32", "--seed", "3", "--bn",
+    train.main([*TINY, "--data", str(npz), "--epochs", "2", "--wd", "1e-2", "--lr-scale", "2", "--precision", "fp32", "--seed", "3", "--bn",
                 "--out", str(tmp_path), "--name", "a"])
     (images, labels), (val, val_labels), (test, test_labels) = train.load_data(str(npz))
     torch.manual_seed(3)
     model = VGG(3, 0, 8, bn=True, classes=10)
     optimizer, best = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-2, foreach=False), (-1, None)
     for epoch, (row, grads) in enumerate(zip(rows(tmp_path / "a/log.csv"), rows(tmp_path / "a/grads.csv"), strict=True)):
-        optimizer.param_groups[0]["lr"] = lr = 2e-5 + (1e-3 - 2e-5) * (1 + math.cos(math.pi * epoch / 2)) / 2
+        optimizer.param_groups[0]["lr"] = lr = 4e-5 + (2e-3 - 4e-5) * (1 + math.cos(math.pi * epoch / 2)) / 2
         plan, losses, hits = train.draw(285, torch.Generator().manual_seed(3 * 1_000_003 + epoch)), [], []
         for start in range(0, 285, 40):
             crops = [F.pad(images[i], [4] * 4)[:, r:r + 32, c:c + 32] for i, r, c, _ in plan[:, start:start + 40].T.tolist()]
