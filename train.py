@@ -246,8 +246,8 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     layers, parameters = model.weight_layers(), sum(p.numel() for p in model.parameters())
     # lr is a tensor on the device so that a captured step sees it change; capturable, likewise, is for CUDA graphs
-    lr = torch.tensor(args.lr, device=device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=args.wd, fused=True, capturable=cuda)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), weight_decay=args.wd,
+                                 fused=True, capturable=cuda)
     log, grads, best = [], [], None
     if state:
         with exit_with(f"{run}/last.pt cannot be read: move {run} away, or start over with --fresh"):
