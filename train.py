@@ -209,6 +209,7 @@ def main(argv=None):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # fp32 is to mean float32
         hardware, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        torch.set_flush_denormal(True)  # where weight decay beats the gradient, weights shrink below 1e-38: three times slower on a CPU
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         hardware, native = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads", cpu.get("avx512_bf16")
     if args.precision == "auto":
