@@ -211,7 +211,8 @@ def main(argv=None):
     else:
         torch.set_flush_denormal(True)  # where weight decay beats the gradient, weights shrink below 1e-38: three times slower on a CPU
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        hardware, native = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads", cpu.get("avx512_bf16")
+        hardware, native = cpu.get("cpu_name", platform.machine()), cpu.get("avx512_bf16")
+        hardware += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     if args.precision == "auto":
         settings["precision"] = "bf16" if native else "fp32"
     # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling and is logged as it is
