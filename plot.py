@@ -38,6 +38,7 @@ PAPER = {
     "vgg38_rn_batch64": ("RN+WP, batch 64", 38, 338_500, 83.38, 65.08, 0.56, 1.29),
     "vgg38_residual_only": ("VGG38 residual, no BN", 38, 336_196, None, None, None, None),
 }
+IN_PAPER = list(PAPER)[:16]
 SECTIONS = {
     "5.1 Batch norm and residual connections": ["vgg08", "vgg38", "vgg38_bn", "vgg38_rn", "vgg38_rn_sigmoid"],
     "5.2 Weight decay": ["vgg38_rn", "vgg38_rn_wd1e-2", "vgg38_rn_wd1e-3", "vgg38_rn_wd1e-4"],
@@ -95,16 +96,20 @@ def length(runs):
     return "" if planned == done == 100 else f"{done}{f' of {planned}' * (done < planned)} epochs{', short' * (planned < 100)}"
 
 
+def caption(runs):
+    """A legend's or a panel's name: the run's, and in brackets what is special about its length and seeds."""
+    notes = [length(runs)] * bool(length(runs)) + [f"{len(runs)} seeds"] * (len(runs) > 1)
+    return runs[0]["label"] + (f" ({', '.join(notes)})" if notes else "")
+
+
 def curves(groups, panels, title, path):
     """Loss and accuracy by epoch: validation solid, training light and dotted, one colour a run (a list of seeds: mean, and range of validation)."""
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False, layout="constrained")
     for axis, (metric, ylabel) in zip(axes[0], panels):
         for colour, runs in zip(COLOURS * len(groups), groups):
-            notes = [length(runs)] * bool(length(runs)) + [f"{len(runs)} seeds"] * (len(runs) > 1)
-            label = runs[0]["label"] + (f" ({', '.join(notes)})" if notes else "")
             epochs, dot = runs[0]["log"]["epoch"], "o" if runs[0]["done"] == 1 else None
             val, train = (np.stack([run["log"][f"{part}_{metric}"] for run in runs]) for part in ("val", "train"))
-            axis.plot(epochs, val.mean(0), color=colour, marker=dot, label=label)
+            axis.plot(epochs, val.mean(0), color=colour, marker=dot, label=caption(runs))
             axis.plot(epochs, train.mean(0), color=colour, marker=dot, alpha=0.6, linestyle=":")
             if len(runs) > 1:
                 axis.fill_between(epochs, val.min(0), val.max(0), color=colour, alpha=0.2, linewidth=0)
@@ -137,7 +142,7 @@ def gradient_flow(runs, title, path):
                 axis.plot(x, values if scale == "linear" else np.where(values == 0, 1e-45, values), color=colour.to_rgba(epoch), linewidth=0.9,
                           marker="." if len(names) < 100 else None, markersize=4)
             axis.set(yscale=scale, xlabel="weight layer, from input to output", ylabel="mean |gradient|")
-            axis.set_title(run["label"] + (f" ({length([run])})" if length([run]) else "") + f", {scale}", fontsize=9)
+            axis.set_title(f"{caption([run])}, {scale}", fontsize=9)
             if len(names) <= 12:
                 axis.set_xticks(x, [n.replace("blocks.", "block ").replace(".", "\n") for n in names], fontsize=8)
             axis.grid(alpha=0.3)
@@ -182,7 +187,7 @@ def tables(found):
     out = ("# The paper and this implementation\n\nWritten by `python plot.py`. Each pair of columns is paper, then ours: the last epoch's figures, mean ± standard "
            "deviation over seeds where there are several. The paper's are after 100 epochs, one seed. A dash: no such run, or no such figure in the paper.\n\n")
     header = ["run", *(f"{label}, {whose}" for label in METRICS.values() for whose in ("paper", "ours")), "ours: epochs, seeds"]
-    for title, names in {"All runs of the paper": list(PAPER)[:16], **SECTIONS}.items():
+    for title, names in {"All runs of the paper": IN_PAPER, **SECTIONS}.items():
         rows = []
         for name in names:
             label, _, _, *paper = PAPER[name]
@@ -240,7 +245,7 @@ def main(argv=None):
         if groups:
             curves(groups, panels, title, args.out / f"{file}.png")
     (args.out / "tables.md").write_text(tables(found))
-    print(f"wrote {args.out / 'tables.md'}; runs that are missing: {' '.join(n for n in list(PAPER)[:16] if not found[n]) or 'none'}")
+    print(f"wrote {args.out / 'tables.md'}; runs that are missing: {' '.join(name for name in IN_PAPER if not found[name]) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def load_data(source, data_dir="data"):
             for x, y in (arrays[:2], arrays[2:]):
                 if (x.dtype, x.shape, y.shape) != (np.uint8, (len(x), 32, 32, 3), (len(x),)) or y.dtype.kind not in "iu" or min(y) < 0:
                     raise ValueError(f"found images {x.dtype} {x.shape} and labels {y.dtype} {y.shape}")
-            split_indices(len(arrays[0]))[1][0]  # IndexError under 20 images
+            if len(arrays[0]) < 20:
+                raise ValueError("fewer than 20 training images: none to hold out")
     x, y, *test = [torch.from_numpy(array) for array in arrays]
     parts = [*((x[i], y[i]) for i in split_indices(len(x))), test]
     return [(x.permute(0, 3, 1, 2), y.long()) for x, y in parts]  # the permuted view is channels_last already

@@ -39,16 +39,16 @@ def random_images():
     return [part for n in (50_000, 10_000) for part in (rng.integers(256, size=(n, 32, 32, 3), dtype=np.uint8), rng.integers(100, size=n))]
 
 
-def rate(step, steps=STEPS):
+def rate(step):
     """Steps a second of calling step(), the device waited for at both ends."""
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize() if GPU else None
     start = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(STEPS):
         step()
     torch.cuda.synchronize() if GPU else None
-    return steps / (time.perf_counter() - start)
+    return STEPS / (time.perf_counter() - start)
 
 
 def ours(flags=("--bn", "--residual")):
@@ -165,10 +165,10 @@ def main():
     for mode in contenders[1:]:
         ratios = [r["train.py"]["rate"] / r[mode]["rate"] for r in rounds]
         print(f"train.py / {mode}: {statistics.median(ratios):.2f} (median; {min(ratios):.2f} to {max(ratios):.2f})")
-    best = rounds[-1]["train.py"]
-    print(f"evaluation and checkpoint: {100 * best['rest'] / (best['rest'] + 475 / best['rate']):.1f} % of a 475-step epoch")
+    last = rounds[-1]["train.py"]
+    print(f"evaluation and checkpoint: {100 * last['rest'] / (last['rest'] + 475 / last['rate']):.1f} % of a 475-step epoch")
     print(f"from the command to the loop, beside import torch: {measure('start')['rate']:.1f} s")
-    print(f"peak memory: VGG38 {best['peak']:.2f} GiB, VGG132 {measure('VGG132')['peak']:.2f} GiB" + ("" if GPU else " (of the process)"))
+    print(f"peak memory: VGG38 {last['peak']:.2f} GiB, VGG132 {measure('VGG132')['peak']:.2f} GiB" + ("" if GPU else " (of the process)"))
 
 
 if __name__ == "__main__":
