@@ -178,7 +178,7 @@ def parse_args(argv=None):
     p.add_argument("--data", default="cifar100", help="cifar100, synthetic or FILE.npz")
     p.add_argument("--limit", type=number(int, 1), default=None, help="only so many training images, for a quick look")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native")
-    settings = [action.dest for action in p._actions[1:]]
+    settings = vars(p.parse_args([])).keys()
     # the run: nothing that changes its figures
     p.add_argument("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     p.add_argument("--out", type=Path, default="runs", help="folder of the runs")
