@@ -98,8 +98,8 @@ def length(runs):
 
 def caption(runs):
     """A legend's or a panel's name: the run's, and in brackets what is special about its length and seeds."""
-    notes = [length(runs)] * bool(length(runs)) + [f"{len(runs)} seeds"] * (len(runs) > 1)
-    return runs[0]["label"] + (f" ({', '.join(notes)})" if notes else "")
+    notes = ", ".join(filter(None, [length(runs), f"{len(runs)} seeds" * (len(runs) > 1)]))
+    return runs[0]["label"] + (f" ({notes})" if notes else "")
 
 
 def curves(groups, panels, title, path):

@@ -58,7 +58,9 @@ one() {  # "NAME FLAGS" MORE_FLAGS...
   local name flags
   read -r name flags <<<"$1"; shift
   if [ "$JOBS" -eq 1 ]; then echo "== $name"; python train.py --name "$name" $flags "$@"
-  else set -o pipefail; python train.py --name "$name" $flags "$@" 2>&1 | (trap '' INT; while IFS= read -r line; do echo "$name: $line"; done); fi
+  else  # not awk: mawk holds lines back; the trap leaves train.py's last words a reader on Ctrl-C
+    set -o pipefail; python train.py --name "$name" $flags "$@" 2>&1 | (trap '' INT; while IFS= read -r line; do echo "$name: $line"; done)
+  fi
   case $? in 0) ;; 130) exit 255 ;; *) echo "$name" >>"$failed" ;; esac  # after Ctrl-C, 255 has xargs start no more
 }
 export -f one

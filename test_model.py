@@ -383,9 +383,9 @@ def test_sweep_runs_all_names_the_failed_and_hands_on_flags(tmp_path):
     python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *"--name vgg38_bn --"*) exit 1 ;; esac\n')
     python.chmod(0o755)
 
-    def sweep(*args, **env):
-        return subprocess.run(["bash", HERE / "sweep.sh", *args], capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL,
-                              env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env})
+    def sweep(*args, start=subprocess.run, **env):
+        return start(["bash", HERE / "sweep.sh", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                     cwd=tmp_path, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env})
     every = sweep()
     names = re.findall(r"--name (\S+) --seed 0", every.stdout)
     assert names == list(PAPER_SIZES)[:16] and every.returncode == 1 and "failed: vgg38_bn" in every.stderr
@@ -394,9 +394,8 @@ def test_sweep_runs_all_names_the_failed_and_hands_on_flags(tmp_path):
         ("vgg08", "0"), ("vgg08-seed7", "7"), ("vgg106", "0"), ("vgg106-seed7", "7")] and some.stdout.count("--out a b") == 4
     slurm = sweep(SLURM_ARRAY_TASK_ID="11", SLURM_SUBMIT_DIR=str(HERE))
     assert re.findall(r"--name (\S+)", slurm.stdout) == ["vgg38_rn_lr100"] and "--wd 1e-3 --lr-scale 100" in slurm.stdout
-    python.write_text("#!/bin/sh\necho started\nsleep 2\ntouch ended\n")  # with several at once, too, lines come as they are written
-    process = subprocess.Popen(["bash", HERE / "sweep.sh", "vgg08"], stdout=subprocess.PIPE, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL,
-                               env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "JOBS": "2", "SLURM_SUBMIT_DIR": str(tmp_path)})
+    python.write_text(f"#!/bin/sh\necho started\nsleep 2\ntouch '{tmp_path}/ended'\n")  # with several at once, too, lines come as they are written
+    process = sweep("vgg08", start=subprocess.Popen, JOBS="2")
     assert process.stdout.readline() == "vgg08: started\n" and not (tmp_path / "ended").exists()
     assert process.communicate(timeout=60)[0] == "sweep.sh: all done\n" and (tmp_path / "ended").exists()
     for wrong in (sweep("vgg09"), sweep(JOBS="0"), sweep(SEEDS="a"), sweep(SLURM_ARRAY_TASK_ID="20")):
