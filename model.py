@@ -1,52 +1,66 @@
-"""The paper's VGG (sections 2 to 4): one block class, with batch norm, residual connections and the activation as options."""
+"""The paper's VGG (sections 2 to 4): one block; batch norm, residual and activation are options."""
 import torch.nn.functional as F
 from torch import nn
+
+ACTIVATIONS = {"leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}  # the choices of --act
 
 
 class Block(nn.Module):
     """conv - act - conv - (+ input) - act; a reduction block also halves the map between its convs.
 
-    x: (N, filters, H, W) -> (N, filters, H, W), or (N, filters, H // 2, W // 2) if `reduce`.
+    x: (N, filters, H, W) -> the same shape, or (N, filters, H // 2, W // 2) if `reduce`.
     With batch norm each conv is followed by one (section 3.1); `residual` adds the input, pooled
     where the map shrinks, before the last activation (section 3.2, He et al. 2016).
     """
 
     def __init__(self, filters, act, bn, residual, reduce):
         super().__init__()
-        # As in the paper's parameter counts, only a reduction block's convs have a bias, with BN or without.
+        # as the paper counts parameters: only a reduction block's convs have a bias
         self.conv1 = nn.Conv2d(filters, filters, 3, padding=1, bias=reduce)
         self.norm1 = nn.BatchNorm2d(filters) if bn else nn.Identity()
+        self.act1 = ACTIVATIONS[act]()
+        self.pool = nn.AvgPool2d(2) if reduce else nn.Identity()
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=reduce)
         self.norm2 = nn.BatchNorm2d(filters) if bn else nn.Identity()
-        self.pool = nn.AvgPool2d(2) if reduce else nn.Identity()
-        self.act, self.residual = act, residual
+        self.act2 = ACTIVATIONS[act]()
+        self.residual = residual
 
     def forward(self, x):
-        out = self.pool(self.act(self.norm1(self.conv1(x))))
-        out = self.norm2(self.conv2(out))
-        return self.act(out + self.pool(x) if self.residual else out)
+        out = self.act1(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(self.pool(out)))
+        if self.residual:
+            out = out + self.pool(x)
+        return self.act2(out)
 
 
 class VGG(nn.Module):
-    """`stages` stages of `blocks` ordinary blocks and one reduction block each (paper, section 2 and Algorithm 1).
+    """`stages` stages of `blocks` ordinary blocks and one reduction block (section 2, Algorithm 1).
 
-    x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map, so 1 <= stages <= 5.
-    act: "leaky_relu" (slope 0.01) or "sigmoid", everywhere. Weights get PyTorch's default initialisation,
-    which is what makes 38 plain layers vanish. Raises ValueError for another `act` or number of stages.
+    x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map.
+    Weights get PyTorch's default initialisation, which is what makes 38 plain layers vanish.
+    Raises ValueError for stages outside 1 to 5, negative blocks, an act not in ACTIVATIONS.
     """
 
-    def __init__(self, stages, blocks, filters=32, bn=False, residual=False, act="leaky_relu", classes=100):
+    def __init__(
+        self, stages, blocks, filters=32, bn=False, residual=False, act="leaky_relu", classes=100
+    ):
         super().__init__()
-        acts = {"leaky_relu": nn.LeakyReLU(inplace=True), "sigmoid": nn.Sigmoid()}
-        if act not in acts or not 1 <= stages <= 5 or blocks < 0:
-            raise ValueError(f"VGG needs 1 to 5 stages, 0 or more blocks and act of {list(acts)}; got {stages}, {blocks}, {act!r}")
-        self.act = acts[act]
+        if not 1 <= stages <= 5:
+            raise ValueError(f"stages must be 1 to 5, for images of 32 x 32, not {stages}")
+        if blocks < 0:
+            raise ValueError(f"blocks must be 0 or more, not {blocks}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {list(ACTIVATIONS)}, not {act}")
         self.conv = nn.Conv2d(3, filters, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(filters)  # the entry is normalised in every model, the "no BN" ones too
-        self.blocks = nn.Sequential(*[
-            Block(filters, self.act, bn, residual, reduce=b == blocks) for _ in range(stages) for b in range(blocks + 1)])
+        self.norm = nn.BatchNorm2d(filters)  # in every model, the ones without batch norm too
+        self.act = ACTIVATIONS[act]()
+        self.blocks = nn.Sequential()
+        for _ in range(stages):
+            for _ in range(blocks):
+                self.blocks.append(Block(filters, act, bn, residual, reduce=False))
+            self.blocks.append(Block(filters, act, bn, residual, reduce=True))
         self.linear = nn.Linear(filters, classes)
-        self.num_layers = stages * (2 * blocks + 2) + 2  # convs + entry + linear, as the paper counts
+        self.num_layers = stages * (2 * blocks + 2) + 2  # as the paper counts: convs and linear
 
     def forward(self, x):
         x = self.act(self.norm(self.conv(x)))
@@ -55,5 +69,5 @@ class VGG(nn.Module):
         return self.linear(x)
 
     def weight_layers(self):
-        """{name: module} of every conv, norm and linear layer from input to output: the x axis of Figure 1."""
+        """{name: module} of each conv, norm and linear layer, input to output (Figure 1's x)."""
         return {name: m for name, m in self.named_modules() if hasattr(m, "weight")}

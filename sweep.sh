@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every run of the paper. Finished runs are skipped, interrupted ones go on, and one that fails does not stop the others.
+# Every run of the paper. Finished ones are skipped, interrupted ones go on, failed ones are named.
 #   bash sweep.sh                         the paper's 16 runs, one after another
 #   bash sweep.sh --list                  every run's name and flags
 #   bash sweep.sh vgg08 vgg106            some of them; the extras run only when named
-#   bash sweep.sh vgg08 -- --epochs 5     flags after -- go to every run; other settings need a folder of their own (--out runs-short)
+#   bash sweep.sh vgg08 -- --epochs 5 --out runs-short    flags after -- go to every run
 #   JOBS=4 SEEDS="0 1 2" bash sweep.sh    four at once, three seeds of each
-#   sbatch --gres=gpu:1 --array=1-16 sweep.sh    SLURM, one line of the list each (17-19 are the extras)
+#   sbatch --gres=gpu:1 --array=1-16 sweep.sh    SLURM, a line of the list each (17 on: the extras)
 set -u
 
 RUNS='vgg08                --blocks 0
@@ -25,50 +25,65 @@ vgg68                --bn --residual --wd 1e-3 --blocks 10
 vgg72                --bn --residual --wd 1e-3 --stages 5 --blocks 6
 vgg132               --bn --residual --wd 1e-3 --stages 5 --blocks 12'  # the paper calls it VGG106
 
-# Not in the paper: a net that does have 106 layers, a batch size only its author's logs have, residual connections without BN.
+# Not in the paper: a net that does have 106 layers, its author's batch 64, residual without BN.
 EXTRAS='vgg106               --bn --residual --wd 1e-3 --stages 4 --blocks 12
 vgg38_rn_batch64     --bn --residual --wd 1e-3 --batch-size 64
 vgg38_residual_only  --residual'
 
-usage() { echo "sweep.sh: $1" >&2; exit 2; }
+list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
+fail() { echo "sweep.sh: $1" >&2; exit 2; }
 
-runs=
+if [ "${1:-}" = --list ]; then list; exit; fi
+chosen=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-  if [ "$1" = --list ]; then echo "$RUNS"; echo "$EXTRAS" | sed 's/$/  # extra/'; exit; fi
-  line=$(printf '%s\n' "$RUNS" "$EXTRAS" | awk -v name="$1" '$1 == name')
-  [ -n "$line" ] || usage "no run is called $1: bash sweep.sh --list shows them all, and flags for train.py go after --"
-  runs+=$line$'\n'; shift
+  line=$(list | awk -v name="$1" '$1 == name')
+  [ -n "$line" ] || fail "no run is called $1 (see --list); flags for train.py go after --"
+  chosen="$chosen$line"$'\n'
+  shift
 done
 [ $# -eq 0 ] || shift  # the --
+runs=${chosen:-$RUNS}
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  runs=$(printf '%s\n' "${runs:-$RUNS$'\n'$EXTRAS}" | sed -n "${SLURM_ARRAY_TASK_ID}p")
-  [ -n "$runs" ] || usage "there is no line $SLURM_ARRAY_TASK_ID: bash sweep.sh --list"
+  runs=$(echo "${chosen:-$(list)}" | sed -n "${SLURM_ARRAY_TASK_ID}p")
+  [ -n "$runs" ] || fail "the list has no line $SLURM_ARRAY_TASK_ID (see --list)"
 fi
-export JOBS=${JOBS:-1}
-[[ $JOBS =~ ^[1-9][0-9]*$ ]] || usage "JOBS is how many runs at once, not $JOBS"
-for seed in ${SEEDS:=0}; do [[ $seed =~ ^[0-9]+$ ]] || usage "SEEDS is a list of whole numbers, not $SEEDS"; done
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1  # SLURM runs a copy of this file from elsewhere
+JOBS=${JOBS:-1}
+SEEDS=${SEEDS:-0}
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS is how many runs at once, not $JOBS"
+[[ " $SEEDS" =~ ^(\ +[0-9]+)+$ ]] || fail "SEEDS is a list of whole numbers, not '$SEEDS'"
+command -v python >/dev/null || fail "there is no python: activate the virtual environment"
+train=$(dirname "$0")/train.py
+[ -e "$train" ] || train=train.py  # SLURM runs a copy of this file, in sbatch's folder
 cores=$(getconf _NPROCESSORS_ONLN)
-[ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}  # on a CPU they share the cores
-failed=$(mktemp) || exit 1
-trap 'rm -f "$failed"' EXIT
-export failed PYTHONUNBUFFERED=1
+[ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
+export PYTHONUNBUFFERED=1
 
-one() {  # "NAME FLAGS" MORE_FLAGS...
-  local name flags
-  read -r name flags <<<"$1"; shift
-  if [ "$JOBS" -eq 1 ]; then echo "== $name"; python train.py --name "$name" $flags "$@"
-  else  # not awk: mawk holds lines back; the trap leaves train.py's last words a reader on Ctrl-C
-    set -o pipefail; python train.py --name "$name" $flags "$@" 2>&1 | (trap '' INT; while IFS= read -r line; do echo "$name: $line"; done)
-  fi
-  case $? in 0) ;; 130) exit 255 ;; *) echo "$name" >>"$failed" ;; esac  # after Ctrl-C, 255 has xargs start no more
+run() {  # NAME FLAGS...; one of several at once puts its name before its lines
+  [ "$JOBS" -gt 1 ] || exec python "$train" --name "$@"
+  trap : TERM  # a program that is ended has last words
+  set -o pipefail
+  python "$train" --name "$@" 2>&1 | {
+    trap '' TERM
+    while IFS= read -r line; do echo "$1: $line"; done
+  }
 }
-export -f one
 
-for seed in $SEEDS; do  # seed 0 has the run's plain name
-  printf '%s\n' "${runs:-$RUNS}" | awk -v seed="$seed" 'NF { name = $1 (seed ? "-seed" seed : ""); $1 = ""; print name, "--seed", seed $0 }'
-done | xargs -P "$JOBS" -I @RUN@ bash -c 'one "$@"' one @RUN@ "$@"
-status=$?
-if [ -s "$failed" ]; then echo "sweep.sh: failed: $(sort "$failed" | xargs)" >&2; exit 1; fi
-[ $status -eq 0 ] || exit 130
+set -m  # a process group for each run, so that it can be ended whole
+trap 'for pid in $(jobs -rp); do kill -- "-$pid"; done; wait; exit 130' INT TERM
+pids=()
+names=()
+for seed in $SEEDS; do
+  while read -r name flags; do
+    [ -n "$name" ] || continue
+    [ "$seed" -eq 0 ] || name=$name-seed$seed
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
+    [ "$JOBS" -gt 1 ] || echo "== $name"
+    run "$name" --seed "$seed" $flags "$@" </dev/null &
+    pids+=($!)
+    names+=("$name")
+  done <<<"$runs"
+done
+failed=
+for i in "${!pids[@]}"; do wait "${pids[i]}" || failed="$failed ${names[i]}"; done
+[ -z "$failed" ] || { echo "sweep.sh: failed:$failed" >&2; exit 1; }
 echo "sweep.sh: all done"

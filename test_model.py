@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +25,6 @@ from model import VGG
 HERE = Path(__file__).parent
 TINY = "--blocks 0 --filters 8 --batch-size 40 --device cpu".split()
 FILES = {"config.json", "log.csv", "grads.csv", "last.pt", "best.pt", "result.json"}
-PAPER_SIZES = {  # name in sweep.sh: layers and parameters, from the paper (vgg132 is its VGG106; vgg106 has 106 layers)
-    "vgg08": (8, 59_716), "vgg38": (38, 336_196), "vgg38_bn": (38, 338_500), "vgg38_rn": (38, 338_500), "vgg38_rn_sigmoid": (38, 338_500),
-    "vgg38_rn_wd1e-2": (38, 338_500), "vgg38_rn_wd1e-3": (38, 338_500), "vgg38_rn_wd1e-4": (38, 338_500), "vgg38_rn_lr5": (38, 338_500),
-    "vgg38_rn_lr30": (38, 338_500), "vgg38_rn_lr100": (38, 338_500), "vgg38_rn_batch256": (38, 338_500), "vgg38_rn_batch512": (38, 338_500),
-    "vgg68": (68, 616_900), "vgg72": (72, 654_148), "vgg132": (132, 1_210_948),
-    "vgg106": (106, 969_604), "vgg38_rn_batch64": (38, 338_500), "vgg38_residual_only": (38, 336_196)}
-
-
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -48,7 +41,8 @@ def same(a, b):
 
 
 def command(*args, **options):
-    return subprocess.run([sys.executable, HERE / "train.py", *map(str, args)], capture_output=True, text=True, **options)
+    line = [sys.executable, HERE / "train.py", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +56,16 @@ def npz(tmp_path_factory):
 
 # ---- model.py
 
-@pytest.mark.parametrize("name", PAPER_SIZES)
+@pytest.mark.parametrize("name", plot.PAPER)
 def test_sweep_builds_the_papers_models(name):
     listed = subprocess.run(["bash", HERE / "sweep.sh", "--list"], capture_output=True, text=True, check=True).stdout
-    lines = {line.split()[0]: line.split("#")[0].split()[1:] for line in listed.splitlines()}
-    assert list(lines) == list(PAPER_SIZES) == list(plot.PAPER)
+    lines = {line.split()[0]: line.split()[1:] for line in listed.splitlines()}
+    assert [line for line in lines if line in plot.PAPER] == list(plot.PAPER)
     args, *_ = train.parse_args([*lines[name], "--device", "cpu"])
-    model = VGG(args.stages, args.blocks, args.filters, args.bn, args.residual, args.act)
-    assert (model.num_layers, sum(p.numel() for p in model.parameters())) == PAPER_SIZES[name] == plot.PAPER[name][1:3]
+    options = {key: getattr(args, key) for key in ("bn", "residual", "act", "filters")}
+    model = VGG(stages=args.stages, blocks=args.blocks, **options)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (model.num_layers, parameters) == plot.PAPER[name][1:3]
     layers = model.weight_layers()
     assert list(layers)[0] == "conv" and list(layers)[1] == "norm" and list(layers)[-1] == "linear"
     assert len(layers) == model.num_layers + (1 if not args.bn else model.num_layers - 1)  # a norm after every conv, or only the first
@@ -80,7 +76,7 @@ def test_sweep_builds_the_papers_models(name):
 @pytest.mark.parametrize("residual", [False, True])
 def test_forward_is_algorithm_1(bn, residual, act):
     torch.manual_seed(1)
-    model = VGG(2, 1, 8, bn, residual, act, classes=7).double()
+    model = VGG(stages=2, blocks=1, filters=8, bn=bn, residual=residual, act=act, classes=7).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # away from the identity that a new BatchNorm is
     x, p = torch.randn(5, 3, 32, 32, dtype=torch.float64), dict(model.named_parameters())
@@ -110,7 +106,7 @@ def test_forward_is_algorithm_1(bn, residual, act):
 def test_plain_vgg38_vanishes_and_resnet_does_not():
     def flow(bf16=False, **options):
         torch.manual_seed(0)
-        model = VGG(3, 5, **options)
+        model = VGG(stages=3, blocks=5, **options)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(torch.randn(16, 3, 32, 32)).float()
         F.cross_entropy(logits, torch.arange(16)).backward()
@@ -122,7 +118,7 @@ def test_plain_vgg38_vanishes_and_resnet_does_not():
 
 
 def test_model_refuses_what_it_cannot_build():
-    for options in ({"stages": 6, "blocks": 1}, {"stages": 3, "blocks": -1}, {"stages": 3, "blocks": 1, "act": "tanh"}):
+    for options in ({"stages": 6, "blocks": 1}, {"stages": 3, "blocks": -1}, {"stages": 3, "blocks": 1, "act": "none-such"}):
         with pytest.raises(ValueError):
             VGG(**options)
 
@@ -199,11 +195,11 @@ def test_cifar100_is_read_as_torchvision_has_it(npz, tmp_path, monkeypatch):
 
 def test_a_run_is_the_papers_recipe(npz, tmp_path):
     """Two epochs against a plain loop: PyTorch's ordinary Adam, one image at a time cropped, a float learning rate."""
-    train.main([*TINY, "--data", str(npz), "--epochs", "2", "--wd", "1e-2", "--lr-scale", "2", "--precision", "fp32", "--seed", "3", "--bn",
+    train.main([*TINY, "--data", str(npz), "--epochs", "2", "--wd", "1e-2", "--lr-scale", "2", "--precision", "fp32", "--seed", "3", "--residual",
                 "--out", str(tmp_path), "--name", "a"])
     (images, labels), (val, val_labels), (test, test_labels) = train.load_data(str(npz))
     torch.manual_seed(3)
-    model = VGG(3, 0, 8, bn=True, classes=10)
+    model = VGG(stages=3, blocks=0, filters=8, residual=True, classes=10)
     optimizer, best = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-2, foreach=False), (-1, None)
     for epoch, (row, grads) in enumerate(zip(rows(tmp_path / "a/log.csv"), rows(tmp_path / "a/grads.csv"), strict=True)):
         optimizer.param_groups[0]["lr"] = lr = 4e-5 + (2e-3 - 4e-5) * (1 + math.cos(math.pi * epoch / 2)) / 2
@@ -237,17 +233,18 @@ def test_learns_the_synthetic_set(tmp_path, capsys):
     args = ["--data", "synthetic", "--blocks", "0", "--bn", "--residual", "--epochs", "2", "--lr", "5e-3", "--device", "cpu", "--out", str(tmp_path)]
     train.main(args)
     run = tmp_path / "vgg08_blocks=0_bn_residual_epochs=2_lr=0.005_data=synthetic"
-    assert {path.name for path in run.iterdir()} == FILES
+    assert {path.name for path in run.iterdir()} >= FILES
     result, log = json.loads((run / "result.json").read_text()), rows(run / "log.csv")
     assert result["final"]["val_acc"] > 30 > 3 > float(log[0]["lr"]) and result["test_acc"] > 30  # chance is 1 %
     assert list(log[0]) == "epoch lr train_loss train_acc val_loss val_acc grad_norm seconds steps_per_s".split()
     assert len(rows(run / "grads.csv")[0]) == 1 + 8 + 7 and all(float(v) > 0 for v in rows(run / "grads.csv")[1].values())
     assert (result["parameters"], result["layers"], result["diverged"]) == (60_100, 8, False)
     # best.pt gives the figures of result.json
-    model = VGG(3, 0, bn=True, residual=True)
+    model = VGG(stages=3, blocks=0, bn=True, residual=True)
     model.load_state_dict(torch.load(run / "best.pt"))
     _, _, test = train.load_data("synthetic")
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=result["precision"] == "bf16")
+    bf16 = json.loads((run / "config.json").read_text())["settings"]["precision"] == "bf16"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     np.testing.assert_allclose(train.evaluate(model, *test, autocast).tolist(), [result["test_loss"], result["test_acc"]], rtol=1e-2)
     # the same command again trains nothing
     before, _ = (run / "last.pt").stat().st_mtime_ns, capsys.readouterr()
@@ -279,7 +276,7 @@ def test_ctrl_c_says_how_to_go_on(npz, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and len(err.split("\n")) <= 3 and "the same command goes on" in err
+    assert process.returncode == 130 and err.count("\n") <= 2 and "without --fresh) goes on" in err
 
 
 def test_diverged_is_a_result(npz, tmp_path):
@@ -292,8 +289,8 @@ def test_diverged_is_a_result(npz, tmp_path):
 
 def test_other_settings_fresh_and_limit(npz, tmp_path, capsys):
     args = [*TINY, "--data", str(npz), "--epochs", "1", "--out", str(tmp_path), "--name", "a"]
-    train.main([*args, "--limit", "100", "--no-augment"])
-    assert json.loads((tmp_path / "a/config.json").read_text())["steps_per_epoch"] == 3 and "100 training, 15 validation, 100 test images, 10 classes" in capsys.readouterr().out
+    train.main([*args, "--limit", "50", "--no-augment"])
+    assert json.loads((tmp_path / "a/config.json").read_text())["steps_per_epoch"] == 2 and "50 training, 15 validation, 50 test images" in capsys.readouterr().out
     before = (tmp_path / "a/last.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
         train.main(args)
@@ -307,13 +304,14 @@ def test_default_names_differ_when_settings_do():
     variants = ["", "--blocks 6", "--stages 2 --blocks 8", "--bn", "--residual", "--act sigmoid", "--epochs 5", "--batch-size 50", "--lr 1e-2", "--lr-min 0",
                 "--lr-scale 5", "--wd 1e-3", "--wd 1e-4", "--seed 1", "--no-augment", "--data synthetic", "--data a/b.npz", "--limit 5", "--precision fp32", "--filters 8"]
     names = [train.parse_args([*variant.split(), "--device", "cpu"])[0].name for variant in variants]
-    assert len(set(names)) == len(variants) and all(re.fullmatch(r"[\w.+=-]+", name) for name in names)
+    assert len(set(names)) == len(variants) and all("/" not in name for name in names)
     assert train.parse_args(["--out", "x", "--fresh", "--wd", "0", "--device", "cpu"])[0].name == names[0] == "vgg38"
 
 
-@pytest.mark.parametrize("flags", ["--stages 6", "--stages 0", "--blocks -1", "--epochs 0", "--batch-size x", "--lr nan", "--wd -1", "--act tanh", "--nonsense",
-                                   "--data cifar10", "--name a/b", "--device mps", "--device gpu", "--lr inf", "--precision fp16", "--seed 1.5",
-                                   "--limit 286 --data NPZ", "--stages 5 --bn --limit 41 --batch-size 40 --data NPZ"])
+@pytest.mark.parametrize("flags", ["--stages 6", "--stages 0", "--blocks -1", "--epochs 0", "--batch-size x", "--lr nan", "--wd -1", "--act none-such", "--nonsense",
+                                   "--data none-such", "--name a/b", "--device mps", "--device gpu", "--lr inf", "--precision fp16", "--seed 1.5",
+                                   "--name ..", "--limit 0",
+                                   "--stages 5 --bn --limit 41 --batch-size 40 --data NPZ", "--stages 5 --bn --batch-size 1 --data NPZ"])
 def test_wrong_flags_are_one_line_and_status_2(flags, npz, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*flags.replace("NPZ", str(npz)).split(), "--out", str(tmp_path)])
@@ -361,7 +359,7 @@ def test_full_disk_and_unwritable_folder(npz, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # config.json fits, last.pt does not
     failed = command(*args, preexec_fn=limit)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "goes on" in failed.stderr
-    assert {path.name for path in (tmp_path / "runs/a").iterdir()} <= FILES - {"last.pt"}  # and no half-written file
+    assert {path.name for path in (tmp_path / "runs/a").glob("*")} & {"last.pt", "last.pt.tmp"} == set()  # and no half-written file
     assert command(*args).returncode == 0
     failed = command(*args, "--out", npz)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
@@ -378,38 +376,85 @@ def test_cuda_graph_trains_as_eager_steps_do(npz, tmp_path):
 
 # ---- sweep.sh
 
-def test_sweep_runs_all_names_the_failed_and_hands_on_flags(tmp_path):
-    python = tmp_path / "python"  # stands in for train.py: prints its arguments, fails for one run
-    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *"--name vgg38_bn --"*) exit 1 ;; esac\n')
-    python.chmod(0o755)
+@pytest.fixture
+def sweep(tmp_path):
+    """Starts sweep.sh with a python that stands in for train.py: prints its arguments, then CODE."""
 
-    def sweep(*args, start=subprocess.run, **env):
-        return start(["bash", HERE / "sweep.sh", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                     cwd=tmp_path, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env})
-    every = sweep()
-    names = re.findall(r"--name (\S+) --seed 0", every.stdout)
-    assert names == list(PAPER_SIZES)[:16] and every.returncode == 1 and "failed: vgg38_bn" in every.stderr
-    some = sweep("vgg08", "vgg106", "--", "--out", "a b", JOBS="2", SEEDS="0 7")
-    assert some.returncode == 0 and sorted(re.findall(r"--name (\S+) --seed (\d)", some.stdout)) == [
-        ("vgg08", "0"), ("vgg08-seed7", "7"), ("vgg106", "0"), ("vgg106-seed7", "7")] and some.stdout.count("--out a b") == 4
-    slurm = sweep(SLURM_ARRAY_TASK_ID="11", SLURM_SUBMIT_DIR=str(HERE))
-    assert re.findall(r"--name (\S+)", slurm.stdout) == ["vgg38_rn_lr100"] and "--wd 1e-3 --lr-scale 100" in slurm.stdout
-    python.write_text(f"#!/bin/sh\necho started\nsleep 2\ntouch '{tmp_path}/ended'\n")  # with several at once, too, lines come as they are written
-    process = sweep("vgg08", start=subprocess.Popen, JOBS="2")
-    assert process.stdout.readline() == "vgg08: started\n" and not (tmp_path / "ended").exists()
-    assert process.communicate(timeout=60)[0] == "sweep.sh: all done\n" and (tmp_path / "ended").exists()
-    for wrong in (sweep("vgg09"), sweep(JOBS="0"), sweep(SEEDS="a"), sweep(SLURM_ARRAY_TASK_ID="20")):
-        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not wrong.stdout
+    def start(*args, code="", **env):
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\necho "$@"\n{code}\n')
+        python.chmod(0o755)
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
+        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = ["bash", HERE / "sweep.sh", *args]
+        return subprocess.Popen(command, text=True, cwd=tmp_path, env=env, **options)
+
+    return start
+
+
+def ended(process):
+    """(status, stdout, stderr) of a process, once it has ended."""
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_sweep_runs_the_papers_runs_and_names_the_failed(sweep):
+    code = 'case "$*" in *"--name vgg38_bn --"*) exit 1 ;; esac'
+    status, out, err = ended(sweep(code=code))
+    assert re.findall(r"--name (\S+) --seed 0", out) == list(plot.PAPER)[:16]
+    assert status == 1 and "failed: vgg38_bn\n" in err
+
+
+def test_sweep_hands_on_flags_jobs_seeds_and_slurms_task(sweep):
+    process = sweep("vgg08", "vgg106", "--", "--out", "a b", JOBS="2", SEEDS="0 7")
+    status, out, _ = ended(process)
+    runs = [("vgg08", "0"), ("vgg08-seed7", "7"), ("vgg106", "0"), ("vgg106-seed7", "7")]
+    assert sorted(re.findall(r"--name (\S+) --seed (\d)", out)) == runs
+    assert status == 0 and out.count("--out a b") == 4
+    _, out, _ = ended(sweep(SLURM_ARRAY_TASK_ID="11"))
+    assert "--name vgg38_rn_lr100 --seed 0 --bn --residual --wd 1e-3 --lr-scale 100" in out
+    _, out, _ = ended(sweep(SLURM_ARRAY_TASK_ID="17"))
+    assert re.findall(r"--name (\S+)", out) == ["vgg106"]
+
+
+def test_sweep_shows_lines_as_they_come(sweep, tmp_path):
+    process = sweep("vgg08", code=f"sleep 2; touch '{tmp_path}/ended'", JOBS="2")
+    assert process.stdout.readline().startswith("vgg08: ")
+    assert not (tmp_path / "ended").exists()
+    assert ended(process)[1] == "sweep.sh: all done\n" and (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_sweep_that_is_ended_ends_its_runs_and_starts_no_more(sweep, tmp_path, jobs):
+    code = f"trap 'echo last words; exit 130' TERM; sleep 30 & wait; touch '{tmp_path}/ended'"
+    process = sweep("vgg08", "vgg38", "vgg68", code=code, JOBS=jobs)
+    while "--name" not in process.stdout.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    status, out, _ = ended(process)
+    assert status == 130 and "last words" in out and "vgg68" not in out
+
+
+def test_sweep_refuses_what_it_does_not_know(sweep):
+    wrong = [sweep("none-such"), sweep(JOBS="0"), sweep(SEEDS="a"), sweep(SEEDS=" ")]
+    for process in [*wrong, sweep(SLURM_ARRAY_TASK_ID="1000")]:
+        status, out, err = ended(process)
+        assert status == 2 and err.count("\n") == 1 and not out
 
 
 # ---- plot.py
 
 @pytest.fixture(scope="session")
-def runs(npz, tmp_path_factory):
+def runs(tmp_path_factory):
     """vgg08 with three seeds of 2 epochs, and vgg38 stopped after 1 of 2."""
     out = tmp_path_factory.mktemp("runs")
-    for name, seed in (("vgg08", 0), ("vgg08-seed1", 1), ("vgg08-seed2", 2), ("vgg38", 0)):
-        train.main([*TINY, "--data", str(npz), "--epochs", "2", "--out", str(out), "--name", name, "--seed", str(seed)])
+    args = ["--data", "synthetic", "--limit", "100", "--device", "cpu", "--out", str(out)]
+    for seed in range(3):
+        name = f"vgg08-seed{seed}" if seed else "vgg08"
+        flags = ["--blocks", "0", "--epochs", "2", "--name", name, "--seed", str(seed)]
+        train.main([*args, *flags])
+    train.main([*args, "--epochs", "2", "--name", "vgg38"])
     (out / "vgg38/result.json").unlink()
     for file in ("log.csv", "grads.csv"):
         lines = (out / "vgg38" / file).read_text().splitlines(keepends=True)
@@ -417,37 +462,81 @@ def runs(npz, tmp_path_factory):
     return out
 
 
+def table(path, number=0):
+    """{first cell: cells} of a table of tables.md."""
+    lines = path.read_text(encoding="utf-8").split("\n## ")[number + 1].splitlines()[4:]
+    cells = [line.strip("| ").split(" | ") for line in lines if line]
+    return {row[0]: row for row in cells}
+
+
 def test_tables_and_figures(runs, tmp_path, capsys):
     plot.main(["--runs", str(runs), "--out", str(tmp_path)])
-    assert {f.name for f in tmp_path.iterdir()} == {"figure1.png", "annex_a.png", "figure2.png", "tables.md"}  # of the runs that are there
-    assert all(f.read_bytes().startswith(b"\x89PNG") and f.stat().st_size > 10_000 for f in tmp_path.glob("*.png"))
-    table = (tmp_path / "tables.md").read_text().split("\n## ")[1].splitlines()
-    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in table[2:] if line}
+    drawn = {"figure1.png", "annex_a.png", "figure2.png"}  # of the runs that are there
+    assert {f.name for f in tmp_path.iterdir()} == drawn | {"tables.md"}
+    assert all(f.read_bytes().startswith(b"\x89PNG") for f in tmp_path.glob("*.png"))
+    cells = table(tmp_path / "tables.md")
     finals = [rows(runs / name / "log.csv")[-1] for name in ("vgg08", "vgg08-seed1", "vgg08-seed2")]
     values = [float(row["val_acc"]) for row in finals]
-    assert cells["VGG08"][3:5] == ["48.60", f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"]
-    assert cells["VGG08"][-1] == "2 epochs, short, 3 seeds" and cells["VGG38"][-1] == "1 of 2 epochs, short, 1 seed"
+    assert cells["VGG08"][3] == "48.60"
+    assert cells["VGG08"][4] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert cells["VGG08"][-1] == "2 epochs, short, 3 seeds"
+    assert cells["VGG38"][-1] == "1 of 2 epochs, 1 seed"
     assert cells["VGG38"][8] == f"{float(rows(runs / 'vgg38/log.csv')[0]['val_loss']):.2f}"
-    assert cells["VGG68"][1:] == ["86.86", "–", "66.76", "–", "0.44", "–", "1.30", "–", "–"] and len(cells) == 16 + 2
-    assert "train.py" in (tmp_path / "tables.md").read_text() and "vgg38_bn" in capsys.readouterr().out
+    assert cells["VGG68"][1:] == ["86.86", "–", "66.76", "–", "0.44", "–", "1.30", "–", "–"]
+    assert len(cells) == 16
+    loss = np.mean([float(rows(runs / name / "log.csv")[0]["train_loss"])
+                    for name in ("vgg08", "vgg08-seed1", "vgg08-seed2")])
+    assert table(tmp_path / "tables.md", 3)["VGG08"][1].startswith(f"{loss:.2f} ± ")
+    assert f"torch {torch.__version__}" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "vgg38_bn" in capsys.readouterr().out
+
+
+def test_seeds_that_diverged_or_are_broken_are_told(runs, tmp_path, capsys):
+    shutil.copytree(runs, tmp_path / "runs")
+    diverged = tmp_path / "runs/vgg08-seed2/result.json"
+    result = json.loads(diverged.read_text())
+    diverged.write_text(json.dumps({**result, "diverged": True}))
+    (tmp_path / "runs/vgg08-seed1/config.json").write_text("{")
+    shutil.copytree(runs / "vgg08", tmp_path / "runs/vgg08-seed1_old")  # is no seed
+    shutil.copytree(runs / "vgg08", tmp_path / "runs/vgg72")  # is another network
+    plot.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    cells = table(tmp_path / "out/tables.md")
+    assert cells["VGG08"][-1] == "2 epochs, short, 1 seed, 1 more diverged"
+    assert cells["VGG72"][-1] == "–"
+    left_out = capsys.readouterr().err
+    assert left_out.count("\n") == 2 and "vgg08-seed1 cannot" in left_out and "vgg72" in left_out
 
 
 def test_compare_any_runs_and_bad_ones(runs, tmp_path, capsys):
     plot.main([str(runs / "vgg08"), str(runs / "vgg38"), "--out", str(tmp_path)])
-    assert {f.name for f in tmp_path.iterdir()} == {"compare.png", "compare_gradients.png"} and "val acc %" in capsys.readouterr().out
+    assert {f.name for f in tmp_path.iterdir()} == {"compare.png", "compare_gradients.png"}
+    assert "val acc %" in capsys.readouterr().out
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/log.csv").write_text("epoch,lr\n1,x\n")
-    for args in (["--runs", tmp_path / "none"], [tmp_path / "none"], [tmp_path / "broken"]):
+    for args in (["--runs", tmp_path / "none"], [tmp_path / "none"], [tmp_path / "broken"], [runs]):
         with pytest.raises(SystemExit) as stop:
             plot.main([*map(str, args), "--out", str(tmp_path)])
         assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    assert "--runs" in stop.value.code
+
+
+def test_the_papers_own_curves_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
+    run = plot.read_run(runs / "vgg08")
+    plot.curves([[run]], [plot.LOSS], "", None)
+    monkeypatch.setattr(plot, "PAPER_LOGS", tmp_path)
+    plot.curves([[run]], [plot.LOSS], "", None)
+    dashed = [[line for line in figure.axes[0].lines if line.get_linestyle() == "--"] for figure in kept]
+    assert [len(lines) for lines in dashed] == [3, 0]  # validation, training, and the legend's
+    assert len(dashed[0][0].get_xdata()) == 100
 
 
 def test_a_vanished_gradient_is_seen(tmp_path, monkeypatch):
     """The logarithmic axis reaches from the smallest gradient to the largest; the linear one is there beside it."""
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
-    run = {"grads": {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)}, "label": "x", "planned": 1, "done": 1, "result": None}
+    run = {"grads": {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)}, "label": "x", "planned": 1, "done": 1, "diverged": False}
     plot.gradient_flow([run], "", None)
     linear, log = kept[0].axes[:2]
     assert (linear.get_yscale(), log.get_yscale()) == ("linear", "log") and log.get_ylim()[0] < 1e-18 and log.get_ylim()[1] >= 1e-3
@@ -455,8 +544,10 @@ def test_a_vanished_gradient_is_seen(tmp_path, monkeypatch):
 
 
 def test_readme_shows_the_results():
-    """README's main table is results/tables.md's, line by line, and that is what plot.py makes of results/runs."""
-    tables = (HERE / "results/tables.md").read_text()
-    assert tables == plot.tables({name: plot.read_seeds(HERE / "results/runs", name) for name in plot.PAPER})
+    """README's main table is results/tables.md's, and that is what plot.py makes of results/runs."""
+    tables = (HERE / "results/tables.md").read_text(encoding="utf-8")
+    found = {name: plot.read_seeds(HERE / "results/runs", name) for name in plot.PAPER}
+    assert tables == plot.tables(found)
     main = tables.split("\n## ")[1].split("\n\n")[1].strip()
-    assert main.count("\n") == 17 and main in (HERE / "README.md").read_text()
+    assert main.count("\n") == 17
+    assert main in (HERE / "README.md").read_text(encoding="utf-8")
