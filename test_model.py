@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 import plot
 import train
@@ -300,6 +301,61 @@ def test_other_settings_fresh_and_limit(npz, tmp_path, capsys):
     assert json.loads((tmp_path / "a/config.json").read_text())["settings"]["limit"] is None
 
 
+def test_a_new_flag_disowns_no_earlier_run(npz, tmp_path, monkeypatch, capsys):
+    """What a run's config.json and last.pt do not have yet counts as the flag's default."""
+    args = [*TINY, "--data", str(npz), "--epochs", "1", "--out", str(tmp_path), "--name", "a"]
+    train.main(args)
+    state, config = torch.load(tmp_path / "a/last.pt"), json.loads((tmp_path / "a/config.json").read_text())
+    del state["settings"]["wd"], config["settings"]["wd"]  # as if --wd were new
+    torch.save(state, tmp_path / "a/last.pt")
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    (tmp_path / "a/result.json").unlink()
+    train.main(args)
+    assert "1 epochs done" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        train.main([*args, "--wd", "1"])
+    assert stop.value.code == 2 and "made with wd 0.0, not 1.0" in capsys.readouterr().err
+    (tmp_path / "a/result.json").unlink()
+    (tmp_path / "a/config.json").unlink()  # last.pt knows too
+    with pytest.raises(SystemExit) as stop:
+        train.main([*args, "--seed", "1"])
+    assert stop.value.code == 2 and "made with seed 0, not 1" in capsys.readouterr().err
+
+
+def test_every_flag_is_a_setting_but_those_named(capsys):
+    args, settings = train.parse_args(["--device", "cpu"])
+    assert vars(args).keys() - settings.keys() == set(train.NO_SETTINGS)
+
+
+def test_changed_code_is_told_and_a_continued_run_says_what_made_it(npz, tmp_path, monkeypatch, capsys):
+    args = [*TINY, "--data", str(npz), "--epochs", "1", "--out", str(tmp_path), "--name", "a"]
+    train.main(args)
+    train.main(args)
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setattr(train, "code_version", lambda: ("changed", "c0ffee"))
+    train.main(args)
+    assert "note: " in capsys.readouterr().out
+    (tmp_path / "a/result.json").unlink()
+    train.main(args)
+    made_by = json.loads((tmp_path / "a/result.json").read_text())["made_by"]
+    assert len(made_by) == 2 and made_by[1].endswith("c0ffee") and torch.__version__ in made_by[0]
+
+
+def test_one_process_a_folder(npz, tmp_path):
+    (tmp_path / "a").mkdir()
+    with FileLock(tmp_path / "a/.lock"), pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--data", str(npz), "--out", str(tmp_path), "--name", "a"])
+    assert "another process trains" in stop.value.code and "\n" not in stop.value.code
+
+
+def test_labels_of_any_integer_type(npz, tmp_path):
+    data = dict(np.load(npz))
+    for dtype in (">i4", "uint8", "uint64"):
+        np.savez(tmp_path / "x.npz", **{**data, "train_labels": data["train_labels"].astype(dtype)})
+        (_, labels), *_ = train.load_data(str(tmp_path / "x.npz"))
+        assert labels.dtype == torch.int64 and torch.equal(labels, train.load_data(str(npz))[0][1])
+
+
 def test_default_names_differ_when_settings_do():
     variants = ["", "--blocks 6", "--stages 2 --blocks 8", "--bn", "--residual", "--act sigmoid", "--epochs 5", "--batch-size 50", "--lr 1e-2", "--lr-min 0",
                 "--lr-scale 5", "--wd 1e-3", "--wd 1e-4", "--seed 1", "--no-augment", "--data synthetic", "--data a/b.npz", "--limit 5", "--precision fp32", "--filters 8"]
@@ -331,8 +387,9 @@ def test_broken_files_are_one_line_and_status_1(npz, tmp_path, monkeypatch):
     np.savez(tmp_path / "shape.npz", **{**data, "train_images": data["train_images"][:, :16]})
     np.savez(tmp_path / "keys.npz", images=data["train_images"])
     np.savez(tmp_path / "length.npz", **{**data, "test_labels": data["test_labels"][:-1]})
+    np.savez(tmp_path / "absurd.npz", **{**data, "test_labels": np.full(100, 2**31)})
     np.savez(tmp_path / "objects.npz", **{**data, "test_labels": np.array([None] * 100)})
-    for name in ("bad", "shape", "keys", "length", "objects", "missing"):
+    for name in ("bad", "shape", "keys", "length", "absurd", "objects", "missing"):
         assert f"{name}.npz cannot be used" in message("--data", tmp_path / f"{name}.npz")
 
     def offline(*args, **kwargs):

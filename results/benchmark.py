@@ -1,12 +1,16 @@
-"""Steps a second of train.py, of a conventional loop and of the bare step, side by side: `python results/benchmark.py`.
+"""Steps a second of train.py, of a conventional loop and of the bare step, side by side.
 
-VGG38 with batch norm and residual connections, batch 100, random images in CIFAR-100's numbers; on the GPU if there is one. Each
-is measured in a process of its own, in turns (--rounds), and the ratios are medians over the rounds, for other work moves them all.
-  train.py      its own loop: steps_per_s of its log.csv, in an epoch that is not the first
-  conventional  torchvision transforms on PIL images, a DataLoader with 2 workers, float32, NCHW, plain Adam, loss.item() every step
-  bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no augmentation, no figures; glibc is
-                told to keep freed memory, as it does by itself in a process that has once freed a data set
-Also: time to the loop, evaluation and checkpoint as a share of a 475-step epoch, and peak memory, of VGG38 and of VGG132.
+`python results/benchmark.py`: VGG38 with batch norm and residual connections, batch 100, random
+images in CIFAR-100's numbers; on the GPU if there is one. Each is measured in a process of its own,
+in turns (--rounds), and the ratios are medians over the rounds, for other work moves them all.
+
+train.py      its own loop: steps_per_s of its log.csv, in an epoch that is not the first
+conventional  torchvision transforms on PIL images, a DataLoader with 2 workers, float32, NCHW,
+              plain Adam, loss.item() every step
+bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no
+              augmentation, no figures
+
+Also: time to the loop, evaluation and files as a share of a 475-step epoch, and peak memory.
 """
 import argparse
 import json
@@ -31,93 +35,114 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 STEPS = 95 if GPU else 16  # a round's length: seconds on either
 WARM_UP = 4
+VGG38 = ["--bn", "--residual"]
+VGG132 = [*VGG38, "--stages", "5", "--blocks", "12"]
 
 
 def random_images():
-    """CIFAR-100's shapes: what a step costs does not depend on what is in them."""
+    """The four arrays of train.synthetic: what a step costs does not depend on what is in them."""
     rng = np.random.default_rng(0)
-    return [part for n in (50_000, 10_000) for part in (rng.integers(256, size=(n, 32, 32, 3), dtype=np.uint8), rng.integers(100, size=n))]
+    arrays = []
+    for n in (50_000, 10_000):
+        arrays.append(rng.integers(256, size=(n, 32, 32, 3), dtype=np.uint8))
+        arrays.append(rng.integers(100, size=n))
+    return arrays
+
+
+def wait():
+    if GPU:
+        torch.cuda.synchronize()
 
 
 def rate(step):
     """Steps a second of calling step(), the device waited for at both ends."""
     for _ in range(WARM_UP):
         step()
-    torch.cuda.synchronize() if GPU else None
+    wait()
     start = time.perf_counter()
     for _ in range(STEPS):
         step()
-    torch.cuda.synchronize() if GPU else None
+    wait()
     return STEPS / (time.perf_counter() - start)
 
 
-def ours(flags=("--bn", "--residual")):
-    """A run of train.py of two epochs: what it logged and used."""
+def ours(flags=VGG38):
+    """A run of train.py of two epochs: what it logged, and its peak memory in GiB."""
     train.synthetic = random_images
     with tempfile.TemporaryDirectory() as out:
-        marks = []
-        write = train.write
-        train.write = lambda path, data: (write(path, data), marks.append((path.name, time.perf_counter())))
-        train.main(["--data", "synthetic", "--limit", str(100 * STEPS), "--epochs", "2", *flags, "--out", out, "--name", "a"])
-        log = (Path(out) / "a/log.csv").read_text().splitlines()
-    steps_per_s = float(log[-1].split(",")[-1])
-    first, second = (when for name, when in marks if name == "last.pt")  # a whole epoch passes between them
-    peak = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rate": steps_per_s, "rest": second - first - STEPS / steps_per_s, "peak": peak / 2**30}
+        length = ["--limit", str(100 * STEPS), "--epochs", "2"]
+        train.main(["--data", "synthetic", *length, *flags, "--out", out, "--name", "a"])
+        log = np.genfromtxt(Path(out) / "a/log.csv", delimiter=",", names=True)[-1]
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if GPU:
+        peak = torch.cuda.max_memory_allocated()
+    evaluation = log["seconds"] - STEPS / log["steps_per_s"]
+    evaluation *= 2_500 / min(2_500, 100 * STEPS)  # --limit limits validation too
+    return {"rate": log["steps_per_s"], "evaluation": evaluation, "peak": peak / 2**30}
 
 
 def conventional():
-    from torchvision import transforms as T
     from PIL import Image
+    from torchvision import transforms
+
     x, y, *_ = random_images()
+    transform = transforms.Compose([
+        transforms.RandomCrop(32, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(train.MEAN, train.STD),
+    ])
 
     class Images(torch.utils.data.Dataset):
-        transform = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(train.MEAN, train.STD)])
-
         def __len__(self):
             return len(x)
 
         def __getitem__(self, i):
-            return self.transform(Image.fromarray(x[i])), int(y[i])
+            return transform(Image.fromarray(x[i])), int(y[i])
 
-    model = VGG(3, 5, bn=True, residual=True).to(DEVICE)
+    model = VGG(stages=3, blocks=5, bn=True, residual=True).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    batches = iter(torch.utils.data.DataLoader(Images(), 100, shuffle=True, num_workers=2, pin_memory=GPU))  # 475: more than are used
+    loader = torch.utils.data.DataLoader(Images(), 100, True, num_workers=2, pin_memory=GPU)
+    batches = iter(loader)
 
     def step():
-        x, y = (t.to(DEVICE) for t in next(batches))
+        x, y = (tensor.to(DEVICE) for tensor in next(batches))
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item(), (logits.argmax(1) == y).float().mean().item()
+
     return {"rate": rate(step)}
 
 
 def bare():
-    torch.cuda.set_stream(torch.cuda.Stream()) if GPU else None
-    torch.backends.cudnn.benchmark = True
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if GPU else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if GPU:
+        torch.cuda.set_stream(torch.cuda.Stream())
+        torch.backends.cudnn.benchmark = True
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
-    model = VGG(3, 5, bn=True, residual=True).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3, device=DEVICE), fused=True, capturable=GPU)
+    model = VGG(stages=3, blocks=5, bn=True, residual=True)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    lr = torch.tensor(1e-3, device=DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=GPU)
     x = torch.randn(100, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     y = torch.randint(100, (100,), device=DEVICE)
 
-    def step():
+    def step(plan=None):
         optimizer.zero_grad()
         with autocast:
             logits = model(x).float()
         F.cross_entropy(logits, y).backward()
         optimizer.step()
+
     if GPU:
-        for _ in range(3):
-            step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            step()
-        step = graph.replay
+        replay = train.cuda_graph(step, 1, DEVICE)
+        plan = torch.empty(4, 1, dtype=torch.int64, device=DEVICE)
+        return {"rate": rate(lambda: replay(plan))}
     return {"rate": rate(step)}
 
 
@@ -127,48 +152,68 @@ def start_up():
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     imported = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, train.__file__, *VGG38, "--data", "synthetic", "--out", out]
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, Path(train.__file__), "--bn", "--residual", "--data", "synthetic", "--out", out],
-                                   stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        [process.stdout.readline() for _ in range(3)]  # the lines before the loop
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        for _ in range(3):  # lines before the loop
+            process.stdout.readline()
         seconds = time.perf_counter() - start
         process.kill()
         process.wait()
-    return {"rate": seconds - imported}
+    return {"seconds": seconds - imported}
 
 
-MODES = {"train.py": ours, "conventional": conventional, "bare": bare, "start": start_up, "VGG132": lambda: ours(["--bn", "--residual", "--stages", "5", "--blocks", "12"])}
+MODES = {
+    "train.py": ours,
+    "conventional": conventional,
+    "bare": bare,
+    "start": start_up,
+    "VGG132": lambda: ours(VGG132),
+}
 
 
 def measure(mode):
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)} if mode == "bare" else {}
-    out = subprocess.run([sys.executable, __file__, "--mode", mode], capture_output=True, text=True, env={**os.environ, **keep})
+    """The figures of a mode, in a process of its own."""
+    env = dict(os.environ)
+    if mode == "bare":  # glibc keeps freed memory, as it does once a data set has been freed
+        env.update(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**40))
+    command = [sys.executable, __file__, "--mode", mode]
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
     if out.returncode:
         sys.exit(out.stderr)
     return json.loads(out.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.mode:
         return print(json.dumps(MODES[args.mode]()))
-    contenders = ["train.py", "conventional", "bare"]
-    name = torch.cuda.get_device_name() if GPU else f"{torch.cpu.get_capabilities().get('cpu_name')}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; VGG38 ResNet, batch 100; steps a second")
-    rounds = []
-    for i in range(args.rounds):
-        rounds.append({mode: measure(mode) for mode in contenders})
-        print(f"round {i + 1}:  " + "  ".join(f"{mode} {result['rate']:.2f}" for mode, result in rounds[-1].items()), flush=True)
-    for mode in contenders[1:]:
-        ratios = [r["train.py"]["rate"] / r[mode]["rate"] for r in rounds]
-        print(f"train.py / {mode}: {statistics.median(ratios):.2f} (median; {min(ratios):.2f} to {max(ratios):.2f})")
-    last = rounds[-1]["train.py"]
-    print(f"evaluation and checkpoint: {100 * last['rest'] / (last['rest'] + 475 / last['rate']):.1f} % of a 475-step epoch")
-    print(f"from the command to the loop, beside import torch: {measure('start')['rate']:.1f} s")
-    print(f"peak memory: VGG38 {last['peak']:.2f} GiB, VGG132 {measure('VGG132')['peak']:.2f} GiB" + ("" if GPU else " (of the process)"))
+    rates = {"train.py": [], "conventional": [], "bare": []}
+    for _ in range(args.rounds):
+        for mode in rates:
+            figures = measure(mode)
+            rates[mode].append(figures["rate"])
+            if mode == "train.py":
+                last = figures
+        print("  ".join(f"{mode} {rate[-1]:.2f}" for mode, rate in rates.items()), flush=True)
+    for mode in ("conventional", "bare"):
+        ratios = [a / b for a, b in zip(rates["train.py"], rates[mode])]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"train.py / {mode}: {statistics.median(ratios):.2f} (median; {spread})")
+    share = last["evaluation"] / (last["evaluation"] + 475 / last["rate"])
+    print(f"evaluation of 2,500 images: {100 * share:.1f} % of a 475-step epoch")
+    print(f"from the command to the loop, beside import torch: {measure('start')['seconds']:.1f} s")
+    whose = "" if GPU else " (of the process)"
+    peak = measure("VGG132")["peak"]
+    print(f"peak memory: VGG38 {last['peak']:.2f} GiB, VGG132 {peak:.2f} GiB{whose}")
 
 
 if __name__ == "__main__":
