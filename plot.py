@@ -235,7 +235,8 @@ def gradient_flow(runs, title, path):
                 axis.set_xticks(x, [name.replace(".", "\n") for name in names], fontsize=8)
             axis.grid(alpha=0.3)
         row[0].ticklabel_format(axis="y", scilimits=(-3, 3))
-        figure.colorbar(colour, ax=row[1], label="epoch")
+        bar = figure.colorbar(colour, ax=row[1], label="epoch")
+        bar.locator = plt.MaxNLocator(5, integer=True)
     limits = np.array([axis.get_ylim() for axis in axes[:, 1]])
     for axis in axes[:, 1]:  # one scale, so that rows compare
         axis.set_ylim(min(1e-6, limits.min()), max(1, limits.max()))
