@@ -665,8 +665,8 @@ def test_tables_and_figures(runs, tmp_path, capsys):
     assert {f.name for f in tmp_path.iterdir()} == drawn | {"tables.md"}
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in tmp_path.glob("*.png"))
     cells = table(tmp_path / "tables.md")
-    finals = [rows(runs / name / "log.csv")[-1] for name in ("vgg08", "vgg08-seed1", "vgg08-seed2")]
-    values = [float(row["val_acc"]) for row in finals]
+    logs = [rows(runs / f"vgg08{seed}/log.csv") for seed in ("", "-seed1", "-seed2")]
+    values = [float(log[-1]["val_acc"]) for log in logs]
     assert cells["VGG08"][3] == "48.60"
     assert cells["VGG08"][4] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert cells["VGG08"][-1] == "2 epochs, short, 3 seeds"
@@ -674,12 +674,7 @@ def test_tables_and_figures(runs, tmp_path, capsys):
     assert cells["VGG38"][8] == f"{float(rows(runs / 'vgg38/log.csv')[0]['val_loss']):.2f}"
     assert cells["VGG68"][1:] == ["86.86", "–", "66.76", "–", "0.44", "–", "1.30", "–", "–"]
     assert len(cells) == 16
-    loss = np.mean(
-        [
-            float(rows(runs / name / "log.csv")[0]["train_loss"])
-            for name in ("vgg08", "vgg08-seed1", "vgg08-seed2")
-        ]
-    )
+    loss = np.mean([float(log[0]["train_loss"]) for log in logs])
     assert table(tmp_path / "tables.md", 3)["VGG08"][1].startswith(f"{loss:.2f} ± ")
     assert f"torch {torch.__version__}" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "vgg38_bn" in capsys.readouterr().out
@@ -721,32 +716,42 @@ def test_the_papers_own_curves_are_drawn_where_they_are(runs, tmp_path, monkeypa
     plot.curves([[run]], [plot.LOSS], "", None)
     monkeypatch.setattr(plot, "PAPER_LOGS", tmp_path)
     plot.curves([[run]], [plot.LOSS], "", None)
-    dashed = [
+    with_paper, without = [
         [line for line in figure.axes[0].lines if line.get_linestyle() == "--"] for figure in kept
     ]
-    assert [len(lines) for lines in dashed] == [3, 0]  # validation, training, and the legend's
-    assert len(dashed[0][0].get_xdata()) == 100
+    assert len(with_paper) == 3 and not without  # validation, training, and the legend's
+    assert len(with_paper[0].get_xdata()) == 100
 
 
 def test_a_vanished_gradient_is_seen(tmp_path, monkeypatch):
     """The logarithmic axis reaches from the smallest gradient to the largest."""
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
-    run = {
-        "grads": {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)},
-        "label": "x",
-        "planned": 1,
-        "done": 1,
-        "diverged": False,
-    }
+    grads = {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)}
+    run = {"label": "x", "grads": grads, "planned": 1, "done": 1, "diverged": False}
     plot.gradient_flow([run], "", None)
     linear, log = kept[0].axes[:2]
-    assert (
-        (linear.get_yscale(), log.get_yscale()) == ("linear", "log")
-        and log.get_ylim()[0] < 1e-18
-        and log.get_ylim()[1] >= 1e-3
-    )
+    assert linear.get_yscale() == "linear" and log.get_yscale() == "log"
+    assert log.get_ylim()[0] < 1e-18 and log.get_ylim()[1] >= 1e-3
     np.testing.assert_allclose(log.lines[0].get_ydata(), [10.0 ** (i - 18) for i in range(16)])
+
+
+@pytest.mark.parametrize("weights", sorted(HERE.glob("results/weights/*.pt")), ids=lambda p: p.stem)
+def test_published_weights_are_their_runs(weights):
+    run = HERE / "results/runs" / weights.stem
+    config = read_json(run / "config.json")
+    result = read_json(run / "result.json")
+    state = torch.load(weights, weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    model = VGG(**{key: config["settings"][key] for key in NETWORK})
+    model.load_state_dict(state)
+    assert sum(p.numel() for p in model.parameters()) == result["parameters"]
+    assert result["epochs"] == 100
+    steps = result["best"]["epoch"] * config["steps_per_epoch"]
+    assert state["norm.num_batches_tracked"] == steps  # they are of the best epoch
+    _, _, (images, labels) = train.load_data("synthetic")
+    figures = train.evaluate(model, images[:100], labels[:100], torch.autocast("cpu"))
+    assert figures.isfinite().all()
 
 
 def test_readme_shows_the_results():
