@@ -1,27 +1,30 @@
-"""The paper's VGG (sections 2 to 4): one block; batch norm, residual and activation are options."""
+"""The paper's VGG (sections 2 to 4): a stack of one kind of block, with options."""
 from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {  # the choices of --act
-    # in place: a CPU's step takes 5 % less; not for a fork that activates a block's own input
-    "leaky_relu": partial(nn.LeakyReLU, inplace=True),
+    "leaky_relu": partial(nn.LeakyReLU, inplace=True),  # in place: a CPU's step takes 5 % less
     "sigmoid": nn.Sigmoid,
 }
+INITS = ("default", "he", "dirac")  # the choices of --init
 
 
 class Block(nn.Module):
-    """conv - act - conv - (+ input) - act; a reduction block also halves the map between its convs.
+    """conv - act - conv - (+ input) - act; a reduction block halves the map between its convs.
 
     x: (N, filters, H, W) -> the same shape, or (N, filters, H // 2, W // 2) if `reduce`.
-    With batch norm each conv is followed by one (section 3.1); `residual` adds the input, pooled
-    where the map shrinks, before the last activation (section 3.2, He et al. 2016).
+    `bn` puts batch norm after each conv (section 3.1). `residual` adds the input, pooled where
+    the map shrinks, before the last activation (section 3.2; He et al. 2016); with
+    `plain_reduction` the blocks that shrink the map have no such skip.
+    A fork that activates x itself (pre-activation) needs nn.LeakyReLU without `inplace`: else
+    what the skip adds has been overwritten.
     """
 
-    def __init__(self, filters, act, bn, residual, reduce):
+    def __init__(self, filters, reduce, act, bn=False, residual=False, plain_reduction=False):
         super().__init__()
-        # as the paper counts parameters: only a reduction block's convs have a bias
+        # The paper's parameter counts tell that only a reduction block's convs have a bias.
         self.conv1 = nn.Conv2d(filters, filters, 3, padding=1, bias=reduce)
         self.norm1 = nn.BatchNorm2d(filters) if bn else nn.Identity()
         self.act1 = ACTIVATIONS[act]()
@@ -29,12 +32,12 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=reduce)
         self.norm2 = nn.BatchNorm2d(filters) if bn else nn.Identity()
         self.act2 = ACTIVATIONS[act]()
-        self.residual = residual
+        self.skip = residual and not (reduce and plain_reduction)
 
     def forward(self, x):
         out = self.act1(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(self.pool(out)))
-        if self.residual:
+        if self.skip:
             out = out + self.pool(x)
         return self.act2(out)
 
@@ -43,13 +46,14 @@ class VGG(nn.Module):
     """`stages` stages of `blocks` ordinary blocks and one reduction block (section 2, Algorithm 1).
 
     x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map.
-    Weights get PyTorch's default initialisation, which is what makes 38 plain layers vanish.
-    Raises ValueError for stages outside 1 to 5, negative blocks, an act not in ACTIVATIONS.
+    `init` is how the weights start: "default" is PyTorch's own, the paper's, with which 38 plain
+    layers vanish; "he" scales every conv as He et al. (2015); "dirac" starts every block's conv as
+    the identity (Zagoruyko and Komodakis 2017). `options` go to every Block.
+    Raises ValueError for stages outside 1 to 5, negative blocks, an unknown act or init.
     """
 
-    def __init__(
-        self, stages, blocks, filters=32, bn=False, residual=False, act="leaky_relu", classes=100
-    ):
+    def __init__(self, stages, blocks, filters=32, classes=100, act="leaky_relu", init="default",
+                 **options):
         super().__init__()
         if not 1 <= stages <= 5:
             raise ValueError(f"stages must be 1 to 5, for images of 32 x 32, not {stages}")
@@ -57,16 +61,26 @@ class VGG(nn.Module):
             raise ValueError(f"blocks must be 0 or more, not {blocks}")
         if act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {list(ACTIVATIONS)}, not {act}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {list(INITS)}, not {init}")
         self.conv = nn.Conv2d(3, filters, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(filters)  # in every model, the ones without batch norm too
+        self.norm = nn.BatchNorm2d(filters)  # in every model, those without batch norm too
         self.act = ACTIVATIONS[act]()
         self.blocks = nn.Sequential()
         for _ in range(stages):
             for _ in range(blocks):
-                self.blocks.append(Block(filters, act, bn, residual, reduce=False))
-            self.blocks.append(Block(filters, act, bn, residual, reduce=True))
+                self.blocks.append(Block(filters, False, act, **options))
+            self.blocks.append(Block(filters, True, act, **options))
         self.linear = nn.Linear(filters, classes)
         self.num_layers = stages * (2 * blocks + 2) + 2  # as the paper counts: convs and linear
+        if init == "he":
+            for conv in self.convs():
+                nn.init.kaiming_normal_(conv.weight, a=0.01)
+        if init == "dirac":
+            for conv in self.convs()[1:]:  # not the entry's: it has 3 channels to spread over 32
+                nn.init.dirac_(conv.weight)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
 
     def forward(self, x):
         x = self.act(self.norm(self.conv(x)))
@@ -74,6 +88,11 @@ class VGG(nn.Module):
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, filters)
         return self.linear(x)
 
+    def convs(self):
+        """Every conv, input to output."""
+        return [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+
     def weight_layers(self):
         """{name: module} of each conv, norm and linear layer, input to output (Figure 1's x)."""
-        return {name: m for name, m in self.named_modules() if hasattr(m, "weight")}
+        named = self.named_modules()
+        return {name: m for name, m in named if getattr(m, "weight", None) is not None}

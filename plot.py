@@ -43,6 +43,8 @@ PAPER = {  # name in sweep.sh: name here, layers, parameters; METRICS after 100 
     "vgg106": ("VGG106, truly", 106, 969_604, None, None, None, None),
     "vgg38_rn_batch64": ("RN+WP, batch 64", 38, 338_500, 83.38, 65.08, 0.56, 1.29),
     "vgg38_residual_only": ("VGG38 residual, no BN", 38, 336_196, None, None, None, None),
+    "vgg38_he": ("VGG38, He initialisation", 38, 336_196, None, None, None, None),
+    "vgg38_dirac": ("VGG38, Dirac initialisation", 38, 336_196, None, None, None, None),
 }
 PAPER_TEST = {  # accuracy in % and loss on the test set: vgg68's is in the paper, others in logs
     "vgg08": (49.95, 1.911),

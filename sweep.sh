@@ -25,10 +25,13 @@ vgg68                --bn --residual --wd 1e-3 --blocks 10
 vgg72                --bn --residual --wd 1e-3 --stages 5 --blocks 6
 vgg132               --bn --residual --wd 1e-3 --stages 5 --blocks 12'  # the paper calls it VGG106
 
-# Not in the paper: a net that does have 106 layers, its author's batch 64, residual without BN.
+# Not in the paper: a net that does have 106 layers, its author's batch 64, residual without BN,
+# plain VGG38 with other initial weights.
 EXTRAS='vgg106               --bn --residual --wd 1e-3 --stages 4 --blocks 12
 vgg38_rn_batch64     --bn --residual --wd 1e-3 --batch-size 64
-vgg38_residual_only  --residual'
+vgg38_residual_only  --residual
+vgg38_he             --init he
+vgg38_dirac          --init dirac'
 
 list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
 fail() { echo "sweep.sh: $1" >&2; exit 2; }

@@ -125,8 +125,27 @@ def test_plain_vgg38_vanishes_and_resnet_does_not():
     assert plain[-1] > 1e-5  # the last layers do get a gradient
 
 
+def test_dirac_starts_every_block_as_the_identity():
+    model = VGG(stages=2, blocks=1, init="dirac")
+    x = torch.rand(2, 32, 8, 8)  # not negative: leaky ReLU passes it on
+    torch.testing.assert_close(model.blocks(x.clone()), F.avg_pool2d(x, 4))
+
+
+def test_plain_reduction_has_no_skip_where_the_map_shrinks():
+    torch.manual_seed(0)
+    model = VGG(stages=2, blocks=1, bn=True, residual=True, plain_reduction=True)
+    for name, tensor in model.named_parameters():
+        if "conv2" in name:
+            torch.nn.init.zeros_(tensor)  # what is left of a block is its skip
+    ordinary, reduction = model.blocks[0], model.blocks[1]
+    x = torch.rand(2, 32, 8, 8)
+    assert torch.equal(ordinary(x), x) and not reduction(x).any()
+    names = VGG(stages=2, blocks=1, bn=True, residual=True).state_dict().keys()
+    assert model.state_dict().keys() == names
+
+
 def test_model_refuses_what_it_cannot_build():
-    for wrong in ({"stages": 6}, {"stages": 0}, {"blocks": -1}, {"act": "none-such"}):
+    for wrong in ({"stages": 6}, {"stages": 0}, {"blocks": -1}, {"act": "none-such"}, {"init": "x"}):
         with pytest.raises(ValueError, match=list(wrong)[0]):
             VGG(**{"stages": 3, "blocks": 1, **wrong})
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 
-from model import ACTIVATIONS, VGG
+from model import ACTIVATIONS, INITS, VGG
 
 MEAN = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, as in the paper's framework
 STD = (0.2023, 0.1994, 0.2010)
@@ -281,7 +281,9 @@ def parse_args(argv=None):
     flag("--filters", type=at_least(1), default=32, help="channels of every conv")
     flag("--bn", action="store_true", help="batch norm after every conv, not only the first")
     flag("--residual", action="store_true", help="add each block's input to its output")
+    flag("--plain-reduction", action="store_true", help="--residual, but not where the map shrinks")
     flag("--act", choices=ACTIVATIONS, default="leaky_relu", help="everywhere")
+    flag("--init", choices=INITS, default="default", help="of the convs (see model.py)")
     # training
     flag("--epochs", type=at_least(1), default=100, help="also the cosine's length")
     flag("--batch-size", type=at_least(1), default=100, help="a last partial batch is kept")
@@ -378,8 +380,10 @@ def main(argv=None):
 
     # ---- model
     torch.manual_seed(args.seed)
-    model = VGG(stages=args.stages, blocks=args.blocks, filters=args.filters, bn=args.bn,
-                residual=args.residual, act=args.act, classes=classes)
+    model = VGG(
+        args.stages, args.blocks, args.filters, classes, args.act, args.init,
+        bn=args.bn, residual=args.residual, plain_reduction=args.plain_reduction,
+    )
     model = model.to(device, memory_format=torch.channels_last)
     layers = model.weight_layers()
     parameters = sum(p.numel() for p in model.parameters())
