@@ -1,45 +1,52 @@
 """Train one VGG and log its gradients: `python train.py --blocks 10 --bn --residual --wd 1e-3`.
 
-Top to bottom: data, augmentation, schedule, evaluation, files, flags, then main(): set-up, data,
-model, step, loop, result. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
-result.json}; the same command goes on from last.pt.
+The file reads top to bottom: data, augmentation, schedule, evaluation, files, flags, and main(),
+which has the training loop. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
+result.json}; if it was interrupted, the same command goes on from last.pt.
 """
 import argparse
-import contextlib
 import copy
 import functools
 import hashlib
 import io
 import json
 import math
+import pickle
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # it comes with torch
 
 from model import ACTIVATIONS, INITS, VGG
 
 MEAN = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, as in the paper's framework
 STD = (0.2023, 0.1994, 0.2010)
+GOES_ON = "the same command (without --fresh) goes on after the last whole epoch"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-NO_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "fresh")  # where and how a run runs
+
+
+# ---- data
 
 
 def split_indices(n):
-    """Training (95 %) and validation indices of n images, for any seed; of 50,000 the paper's."""
+    """Indices of the training (95 %) and validation images among n images.
+
+    The split never depends on a run's seed. For CIFAR-100's 50,000 images it is the paper's.
+    """
     train = np.random.RandomState(0).choice(n, n - n // 20, replace=False)
     return train, np.setdiff1d(np.arange(n), train)
 
 
 def synthetic(n_train=10_000, n_test=2_000, classes=100):
-    """The four ARRAYS of a stand-in made on the spot: one coarse picture a class, under noise."""
+    """The four ARRAYS of a made-up data set: each class is one coarse picture, under noise."""
     rng = np.random.RandomState(0)
     pictures = rng.uniform(-1, 1, (classes, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
     labels = rng.randint(classes, size=n_train + n_test)
@@ -49,57 +56,56 @@ def synthetic(n_train=10_000, n_test=2_000, classes=100):
 
 
 def cifar100(data_dir):
-    """CIFAR-100's four ARRAYS, downloaded to data_dir if they are not there. SystemExit if not."""
-    advice = "bring it as --data FILE.npz, or use --data synthetic"
-    with exit_with(f"no CIFAR-100 in {data_dir}/ and no download; {advice}"):
-        from torchvision.datasets import CIFAR100  # an import of seconds, which only this needs
-        try:
-            CIFAR100(data_dir, train=False)
-        except RuntimeError:  # not there, or not whole: one process downloads, others wait for it
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{data_dir}/download.lock"):
-                CIFAR100(data_dir, download=True)
-        train, test = CIFAR100(data_dir), CIFAR100(data_dir, train=False)
+    """CIFAR-100's four ARRAYS, downloaded to data_dir if need be. SystemExit if that fails."""
+    from torchvision.datasets import CIFAR100  # here, because this import takes seconds
+
+    try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{data_dir}/download.lock"):  # of several runs at once only one downloads
+            train = CIFAR100(data_dir, download=True)  # looks first whether it is there
+        test = CIFAR100(data_dir, train=False)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"train.py: no CIFAR-100 in {data_dir}/, and no download ({error}); "
+                 "bring it as --data FILE.npz, or use --data synthetic")
     return train.data, train.targets, test.data, test.targets
 
 
-def as_tensors(images, labels):
-    """(N, 32, 32, 3) uint8, (N,) integers -> (N, 3, 32, 32) uint8, (N,) int64; or ValueError."""
+def as_tensors(images, labels, source):
+    """(N, 32, 32, 3) uint8 and (N,) integers -> (N, 3, 32, 32) uint8 and (N,) int64 tensors."""
     labels = np.asarray(labels)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-        raise ValueError(f"images are {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels are {labels.dtype} {labels.shape}, images {images.shape}")
-    if labels.min() < 0 or labels.max() >= 100_000:
-        raise ValueError(f"labels go from {labels.min()} to {labels.max()}")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view: channels_last already
+    good_images = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
+    good_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not (good_images and good_labels and 0 <= labels.min() and labels.max() < 10_000):
+        sys.exit(f"train.py: {source} cannot be used: images are {images.dtype} {images.shape} and "
+                 f"must be uint8 (N, 32, 32, 3); labels are {labels.dtype} {labels.shape} and must "
+                 "be integers (N,) from 0 to 9,999")
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def load_data(source, data_dir="data"):
-    """[(images, labels) of training, validation, test], uint8 (N, 3, 32, 32) and int64 (N,).
+    """[(images, labels) of training, validation, test]: uint8 (N, 3, 32, 32) and int64 (N,).
 
-    source: "cifar100" (downloaded to data_dir if need be), "synthetic" or a .npz. SystemExit with
-    one line on failure.
+    source: "cifar100" (downloaded to data_dir if need be), "synthetic" or a .npz file.
+    SystemExit with one line if it cannot be used.
     """
-    must = f"it must hold {', '.join(ARRAYS)}: images (N, 32, 32, 3) uint8, labels (N,) from 0"
-    with exit_with(f"{source} cannot be used; {must}"):
-        if source == "synthetic":
-            arrays = synthetic()
-        elif source == "cifar100":
-            arrays = cifar100(data_dir)
-        else:
+    if source == "synthetic":
+        arrays = synthetic()
+    elif source == "cifar100":
+        arrays = cifar100(data_dir)
+    else:
+        try:
             with np.load(source) as file:
                 arrays = [file[key] for key in ARRAYS]
-        images, labels = as_tensors(*arrays[:2])
-        test = as_tensors(*arrays[2:])
-        if len(images) < 20:
-            raise ValueError("fewer than 20 training images: none to hold out")
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            sys.exit(f"train.py: {source} cannot be read ({error}); it must hold {ARRAYS}")
+    images, labels = as_tensors(*arrays[:2], source)
+    test = as_tensors(*arrays[2:], source)
     kept, held_out = split_indices(len(images))
     return [(images[kept], labels[kept]), (images[held_out], labels[held_out]), test]
 
 
-@functools.cache  # nothing may be copied from the host in a step that cuda_graph() records
+@functools.cache  # copied to the device once: a copy in every step would make the GPU wait
 def per_channel(values, device):
     """Three numbers as a (3, 1, 1) tensor."""
     return torch.tensor(values, device=device)[:, None, None]
@@ -112,13 +118,15 @@ def normalise(images):
     return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def draw(n, generator):
+# ---- augmentation
+
+
+def draw(n, device):
     """An epoch's augmentation, (4, n) int64: shuffled order, crop row and column (0 to 8), flip."""
-    options = {"generator": generator, "device": generator.device}
-    order = torch.randperm(n, **options)
-    row = torch.randint(9, (n,), **options)
-    column = torch.randint(9, (n,), **options)
-    flip = torch.randint(2, (n,), **options)
+    order = torch.randperm(n, device=device)
+    row = torch.randint(9, (n,), device=device)
+    column = torch.randint(9, (n,), device=device)
+    flip = torch.randint(2, (n,), device=device)
     return torch.stack([order, row, column, flip])
 
 
@@ -128,20 +136,24 @@ def augment(padded, plan):
     padded: uint8 (N, 3, 40, 40); plan: (4, B), columns of draw() -> uint8 (B, 3, 32, 32).
     """
     order, row, column, flip = plan
-    crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 3, 9, 9, 32, 32), a view
-    images = crops[order, :, row, column]  # (B, 3, 32, 32)
+    # Every 32 x 32 window of every image, (N, 3, 9, 9, 32, 32): a view, which takes no memory.
+    windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
+    images = windows[order, :, row, column]  # (B, 3, 32, 32)
     flip = flip.bool()[:, None, None, None]  # (B, 1, 1, 1)
     return torch.where(flip, images.flip(3), images)
 
 
-def cosine_lr(epoch, epochs, lr_max, lr_min):
-    """Learning rate of `epoch` (from 0): constant in it, and the last is still above lr_min."""
-    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+# ---- schedule and evaluation
+
+
+def cosine_lr(t, period, lr_max, lr_min):
+    """Learning rate at time t: from lr_max at t = 0 down to lr_min at t = period (section 5)."""
+    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * t / period)) / 2
 
 
 @torch.no_grad()
 def evaluate(model, images, labels, autocast):
-    """Mean cross-entropy and accuracy in %, a (2,) tensor; the model is in training mode after."""
+    """Mean cross-entropy and accuracy in %, a (2,) tensor; leaves the model in training mode."""
     model.eval()
     total = torch.zeros(2, device=images.device)
     for x, y in zip(images.split(500), labels.split(500)):
@@ -153,35 +165,8 @@ def evaluate(model, images, labels, autocast):
     return total / len(labels)
 
 
-def cuda_graph(step, batch_size, device):
-    """`step` recorded as a CUDA graph and replayed: one launch instead of some 700 (--no-graph).
-
-    A replay repeats the recorded kernels on the same memory. So Python numbers and ifs in `step`
-    are frozen as they were when it was recorded, while tensors changed in place are seen (the
-    learning rate); and it can neither copy from the host nor wait for the device.
-    """
-    batch = torch.empty(4, batch_size, dtype=torch.int64, device=device)
-    graph = torch.cuda.CUDAGraph()
-    steps = 0
-
-    def replay(plan):
-        nonlocal steps
-        if plan.shape[1] < batch_size:
-            return step(plan)
-        steps += 1
-        if steps <= 3:  # PyTorch allocates and chooses in the first steps what is then recorded
-            return step(plan)
-        if steps == 4:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                step(batch)
-        batch.copy_(plan)
-        graph.replay()
-
-    return replay
-
-
 def live(batches, title):
-    """The batches; on a terminal, a line that the next one overwrites says how far they are."""
+    """The batches; on a terminal, a line that overwrites itself says how far they are."""
     start = time.perf_counter()
     for i, batch in enumerate(batches, 1):
         yield batch
@@ -190,25 +175,15 @@ def live(batches, title):
             print(f"{title}  step {i}/{len(batches)}  {rate:.1f} steps/s", end="\r", flush=True)
 
 
-@contextlib.contextmanager
-def exit_with(line, errors=Exception):
-    """End the program with one line and status 1 where the block fails."""
-    try:
-        yield
-    except errors as error:
-        reason = str(error).split("\n")[0][:200]
-        sys.exit(f"train.py: {line} ({type(error).__name__}: {reason})")
-
-
-def usage_error(message):
-    """End the program with one line and status 2."""
-    print(f"train.py: {message} (python train.py --help)", file=sys.stderr)
-    sys.exit(2)
+# ---- files
 
 
 def write(path, content):
-    """Replace a file whole: a kill leaves the old or the new. content: text, or for torch.save."""
-    buffer = io.BytesIO()  # torch.save goes through memory: a full disk is then an OSError
+    """Replace a file as a whole, so that a kill leaves the old one or the new one, never a part.
+
+    content: text, or what torch.save takes. SystemExit with one line if the disk is full.
+    """
+    buffer = io.BytesIO()  # torch.save itself does not say OSError when a disk is full
     if isinstance(content, str):
         buffer.write(content.encode())
     else:
@@ -217,8 +192,9 @@ def write(path, content):
     try:
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        sys.exit(f"train.py: cannot write {path} ({error.strerror}); once it can, {GOES_ON}")
 
 
 def csv_text(rows):
@@ -233,10 +209,11 @@ def code_version():
     """A hash of model.py and train.py, which tells any edit, and the commit ("" without git)."""
     here = Path(__file__).resolve().parent
     code = (here / "model.py").read_bytes() + (here / "train.py").read_bytes()
-    commit = ""
-    with contextlib.suppress(OSError):
+    try:
         git = ["git", "-C", here, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     return hashlib.sha256(code).hexdigest()[:8], commit
 
 
@@ -247,97 +224,107 @@ def diverged(log):
 
 def summary(result):
     """result.json in one line."""
-    length = f"{result['epochs']} epochs{', diverged' if result['diverged'] else ''}"
-    best = f"{result['best']['val_acc']:.2f} % in epoch {result['best']['epoch']}"
-    return f"{length}; best validation accuracy {best}, test {result['test_acc']:.2f} % there"
+    line = f"finished, {result['epochs']} epochs{', diverged' if result['diverged'] else ''}"
+    if result["best"]:
+        best = f"{result['best']['val_acc']:.2f} % in epoch {result['best']['epoch']}"
+        line += f"; best validation accuracy {best}, test {result['test_acc']:.2f} % there"
+    return line
 
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number."""
+# ---- flags
 
-    def number(text):
-        value = kind(text)
-        if not low <= value < 2**40:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {2**40}")
-        return value
-
-    return number
+NO_SETTINGS = ("data_dir", "out", "name", "device", "graph", "fresh")  # where and how a run runs
 
 
-def parse_args(argv=None):
-    """All flags, and those of them that a run's figures depend on: its settings, a dict.
+def parser():
+    """All flags.
 
-    A new flag is a setting, unless NO_SETTINGS names it: it goes into config.json and the default
-    name, and a run does not go on with another value. Wrong flags end in one line and status 2.
+    A flag is a setting, which a run's figures depend on, unless NO_SETTINGS names it. A setting is
+    recorded in config.json and in the default name, and a run does not go on with another value.
     """
     p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0],
+        usage="python train.py [FLAGS] (--help lists them)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = usage_error
     flag = p.add_argument
     # model
     flag("--stages", type=int, choices=range(1, 6), default=3, help="each halves the image")
-    flag("--blocks", type=at_least(0), default=5, help="ordinary blocks a stage")
-    flag("--filters", type=at_least(1), default=32, help="channels of every conv")
+    flag("--blocks", type=int, default=5, help="ordinary blocks a stage")
+    flag("--filters", type=int, default=32, help="channels of every conv")
     flag("--bn", action="store_true", help="batch norm after every conv, not only the first")
     flag("--residual", action="store_true", help="add each block's input to its output")
     flag("--plain-reduction", action="store_true", help="--residual, but not where the map shrinks")
     flag("--act", choices=ACTIVATIONS, default="leaky_relu", help="everywhere")
     flag("--init", choices=INITS, default="default", help="of the convs (see model.py)")
     # training
-    flag("--epochs", type=at_least(1), default=100, help="also the cosine's length")
-    flag("--batch-size", type=at_least(1), default=100, help="a last partial batch is kept")
-    flag("--lr", type=at_least(0, float), default=1e-3, help="of the first epoch")
-    flag("--lr-min", type=at_least(0, float), default=2e-5, help="what the cosine goes down to")
-    flag("--lr-scale", type=at_least(0, float), default=1.0, help="multiplies both")
-    flag("--wd", type=at_least(0, float), default=0.0, help="Adam's weight decay: L2, coupled")
-    flag("--seed", type=at_least(0), default=0, help="of weights and batches, not of the split")
+    flag("--epochs", type=int, default=100, help="also the cosine's length")
+    flag("--batch-size", type=int, default=100, help="a last partial batch is kept")
+    flag("--lr", type=float, default=1e-3, help="of the first epoch")
+    flag("--lr-min", type=float, default=2e-5, help="what the cosine goes down to")
+    flag("--lr-scale", type=float, default=1.0, help="multiplies both")
+    flag("--cosine", choices=["epochs", "batches"], default="epochs", help="what it counts")
+    flag("--wd", type=float, default=0.0, help="Adam's weight decay: L2, coupled")
+    flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
     # data
     flag("--data", default="cifar100", help="cifar100, synthetic or FILE.npz")
-    flag("--limit", type=at_least(1), default=None, help="only so many images of each part")
+    flag("--limit", type=int, default=None, help="only so many images of each part")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 if native")
     # where and how
     flag("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     flag("--out", type=Path, default="runs", help="folder of the runs")
     flag("--name", default=None, help="this run's folder in it (default: from the settings)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
-    flag("--no-graph", action="store_true", help="on a GPU: launch a step's kernels one by one")
+    flag("--graph", action="store_true", help="on a GPU: record the network as a CUDA graph")
     flag("--fresh", action="store_true", help="start over instead of going on")
+    return p
+
+
+def parse_args(argv=None):
+    """The flags, and those of them that are settings, a dict. Wrong ones: SystemExit, status 2."""
+    p = parser()
     args = p.parse_args(argv)
+    at_least = {"blocks": 0, "filters": 1, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0}
+    at_least |= {"lr": 0, "lr_min": 0, "lr_scale": 0, "wd": 0}
+    for key, low in at_least.items():
+        value = getattr(args, key)
+        if value is not None and not low <= value < math.inf:  # false for nan, too
+            p.error(f"--{key.replace('_', '-')} must be at least {low} and finite, not {value}")
     if args.data not in ("cifar100", "synthetic") and not args.data.endswith(".npz"):
-        usage_error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
+        p.error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
     settings = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
+    settings["data"] = Path(args.data).name  # the same file in another folder is the same data
     if not args.name:
         parts = [f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"]
         for key, value in settings.items():
             if value != p.get_default(key):  # so other settings have another folder
                 parts.append(key if value is True else f"{key}={value}")
-        args.name = "_".join(parts).replace("/", "-")
+        args.name = "_".join(parts)
     if args.name != Path(args.name).name or args.name == "..":
-        usage_error(f"--name is a folder's name without slashes, not {args.name}; see --out")
+        p.error(f"--name is a folder's name without slashes, not {args.name}; see --out")
     return args, settings
 
 
 def check_settings(run, old, settings):
-    """Usage error if the run's old settings are others; one that they lack had its default."""
-    _, defaults = parse_args([])
-    for key, value in settings.items():
-        before = old.get(key, defaults[key])
-        if before != value:
+    """SystemExit, status 2, if the run's old settings differ; one it lacks had its default."""
+    p = parser()
+    for key in old.keys() | settings.keys():
+        before = old.get(key, p.get_default(key))
+        now = settings.get(key, "a setting that is no longer there")
+        if before != now:
             ways = "use that, another --name or --out, or --fresh"
-            usage_error(f"{run} was made with {key} {before}, not {value}: {ways}")
+            p.error(f"{run} was made with {key} {before}, not {now}: {ways}")
 
 
 def main(argv=None):
     # ---- set-up
     args, settings = parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        usage_error("--device cuda: PyTorch sees no GPU; use --device cpu")
+    if (args.device == "cuda" or args.graph) and not torch.cuda.is_available():
+        parser().error("--device cuda and --graph need a GPU, and PyTorch sees none")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if cuda:
-        torch.cuda.set_stream(torch.cuda.Stream())  # cuda_graph() cannot use the default stream
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
         hardware = torch.cuda.get_device_name()
@@ -350,32 +337,41 @@ def main(argv=None):
     if args.precision == "auto":
         settings["precision"] = "bf16" if native_bf16 else "fp32"
     bf16 = settings["precision"] == "bf16"
-    # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling
+    # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
-    # ---- what the run's folder has
+    # ---- the run's folder
     run = args.out / args.name
     code, commit = code_version()
-    unreadable = f"{run} cannot be read: move it away, or start over with --fresh"
-    if not args.fresh and (run / "config.json").exists():
-        with exit_with(unreadable):
-            config = json.loads((run / "config.json").read_text())
-            check_settings(run, config["settings"], settings)
-            if config.get("code", code) != code:
-                print(f"note: {run} was begun by another model.py or train.py (or --fresh)")
-            if (run / "result.json").exists():
-                result = json.loads((run / "result.json").read_text())
-                return print(f"{run} is finished: {summary(result)}")
+    lock = FileLock(run / ".lock", is_singleton=True)  # held until the program ends
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
+    except OSError as error:
+        sys.exit(f"train.py: {run} cannot be written ({error.strerror}): use another --out")
+    if args.fresh:
+        for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
+            (run / file).unlink(missing_ok=True)
+    if (run / "config.json").exists():
+        config = json.loads((run / "config.json").read_text())
+        check_settings(run, config["settings"], settings)
+        if config["code"] != code:
+            print(f"{args.name}: note: begun by another model.py or train.py (--fresh starts over)")
+        if (run / "result.json").exists():
+            result = json.loads((run / "result.json").read_text())
+            return print(f"{args.name}: {summary(result)}; see {run}")
+    if (run / "log.csv").exists() and not (run / "last.pt").exists():
+        sys.exit(f"train.py: {run} has no last.pt to go on from: start over with --fresh")
 
-    # ---- data
+    # ---- data: all of it lives on the device, as three tensors of bytes
     parts = load_data(args.data, args.data_dir)
     classes = 1 + max(labels.max().item() for _, labels in parts)
     parts = [(x[: args.limit].to(device), y[: args.limit].to(device)) for x, y in parts]
     (images, labels), val, test = parts
-    padded = F.pad(images, [4] * 4)  # before images are normalised: padding is black
+    padded = F.pad(images, [4] * 4)  # before normalising, so that the padding is black
     n = len(images)
-    if args.bn and args.stages == 5 and (n - 1) % args.batch_size == 0:
-        usage_error("batch norm on a 1 x 1 map cannot train on a last batch of 1: see --batch-size")
     steps = math.ceil(n / args.batch_size)
 
     # ---- model
@@ -388,136 +384,123 @@ def main(argv=None):
     layers = model.weight_layers()
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=torch.tensor(args.lr, device=device),  # a tensor, for cuda_graph() to see it change
-        weight_decay=args.wd,
-        fused=True,
-        capturable=cuda,
+        model.parameters(), lr=torch.tensor(args.lr), weight_decay=args.wd, fused=True
     )
+    graphed = None
+    if args.graph:  # of the shallow copy, so that a last partial batch can use `model` as it is
+        before = copy.deepcopy(model.state_dict())
+        sample = normalise(images[: args.batch_size])
+        with autocast:
+            graphed = torch.cuda.make_graphed_callables(copy.copy(model), (sample,))
+        model.load_state_dict(before)  # recording moved batch norm's running averages
 
-    # ---- start, or go on from last.pt
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock", is_singleton=True)  # until the program ends
-    with exit_with(f"another process trains {run}: wait, or use another --name", Timeout):
-        lock.acquire(timeout=0)
-    log, grads, made_by, best, best_model = [], [], [], None, None
-    if args.fresh:
-        for file in ("last.pt", "result.json", "log.csv", "grads.csv", "best.pt"):
-            (run / file).unlink(missing_ok=True)
-    elif (run / "last.pt").exists():
-        with exit_with(unreadable):
-            state = torch.load(run / "last.pt", map_location=device, weights_only=True)
-            check_settings(run, state["settings"], settings)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0]["capturable"] = cuda  # it may come from another device
-            log, grads, made_by = state["log"], state["grads"], state["made_by"]
-            best, best_model = state["best"], state["best_model"]
-    maker = f"{hardware}, {settings['precision']}, torch {torch.__version__}, {commit or code}"
-    if maker not in made_by:  # more than one if a run goes on elsewhere
-        made_by.append(maker)
-
-    flags = sys.argv[1:] if argv is None else argv
+    # ---- start, or go on from last.pt, which holds `state`
+    state = {"log": [], "grads": [], "made_by": [], "best": None, "best_model": None}
+    if (run / "last.pt").exists():
+        try:
+            state |= torch.load(run / "last.pt", map_location=device, weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError):
+            sys.exit(f"train.py: {run}/last.pt is broken: start over with --fresh")
+        check_settings(run, state["settings"], settings)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    state["settings"] = settings
+    log, grads = state["log"], state["grads"]
+    maker = f"{hardware}, {settings['precision']}, torch {torch.__version__}, {commit} {code}"
+    if maker not in state["made_by"]:  # there are more if a run goes on elsewhere, or edited
+        state["made_by"].append(maker)
     config = {
-        "name": args.name, "command": shlex.join(["python", "train.py", *flags]), "code": code,
-        "settings": settings, "layers": model.num_layers, "parameters": parameters,
-        "steps_per_epoch": steps,
+        "name": args.name, "layers": model.num_layers, "parameters": parameters,
+        "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "code": code, "settings": settings, "steps_per_epoch": steps,
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
-    print(f"{run}: {model.num_layers} layers, {parameters:,} parameters, {classes} classes")
-    print("  ".join(f"{key} {value}" for key, value in settings.items()))
+    print(f"{args.name}: {model.num_layers} layers, {parameters:,} parameters, {classes} classes")
+    print(f"{args.name}: " + "  ".join(f"{key} {value}" for key, value in settings.items()))
     sizes = f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images"
-    print(f"{sizes}; {steps} steps an epoch, {len(log)} epochs done; {maker}")
-
-    # ---- step
-    metrics = torch.zeros(2, device=device)  # sums of the steps' loss and accuracy in %
-
-    def step(plan):
-        """One step of Adam on the images of plan, columns (4, B) of draw()."""
-        x, y = normalise(augment(padded, plan)), labels[plan[0]]
-        optimizer.zero_grad()
-        with autocast:
-            logits = model(x).float()
-        loss = F.cross_entropy(logits, y)
-        loss.backward()
-        optimizer.step()
-        accuracy = 100 * (logits.argmax(1) == y).float().mean()
-        metrics.add_(torch.stack([loss.detach(), accuracy]))
-
-    if cuda and not args.no_graph:
-        step = cuda_graph(step, min(args.batch_size, n), device)
+    print(f"{args.name}: {sizes}; {steps} steps an epoch, {len(log)} epochs done; {maker}")
 
     # ---- loop
+    lr_max, lr_min = args.lr * args.lr_scale, args.lr_min * args.lr_scale
     for epoch in range(len(log), args.epochs):
         if diverged(log):
             break
         start = time.perf_counter()
-        lr = cosine_lr(epoch, args.epochs, args.lr * args.lr_scale, args.lr_min * args.lr_scale)
-        for group in optimizer.param_groups:
-            group["lr"].fill_(lr)
-        # seeded by the epoch: a run that goes on needs no generator's state
-        plans = draw(n, torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch))
+        # Seeded anew in every epoch, so that a run that goes on draws what it would have drawn.
+        torch.manual_seed(args.seed * 1_000_003 + epoch)
+        plans = draw(n, device)
         if args.no_augment:
-            plans[1:] = torch.tensor([[4], [4], [0]])  # the middle crop, not mirrored
-        metrics.zero_()
-        title = f"epoch {epoch + 1:3}/{args.epochs}"
-        for plan in live(plans.split(args.batch_size, dim=1), title):
-            step(plan)
+            plans[1:3] = 4  # the middle crop,
+            plans[3] = 0  # not mirrored
+        totals = torch.zeros(2, device=device)  # of the steps' losses and accuracies
+        title = f"{args.name}: epoch {epoch + 1:3}/{args.epochs}"
+        for i, plan in enumerate(live(plans.split(args.batch_size, dim=1), title)):
+            # The paper's cosine counts epochs. The coursework's framework has since 2023 counted
+            # mini-batches with the same period, so that the rate swings and never comes down.
+            t = epoch if args.cosine == "epochs" else epoch * steps + i
+            lr = cosine_lr(t, args.epochs, lr_max, lr_min)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr)
+            x, y = normalise(augment(padded, plan)), labels[plan[0]]
+            net = graphed if graphed and len(y) == args.batch_size else model
+            with autocast:
+                logits = net(x).float()
+            loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            accuracy = 100 * (logits.argmax(1) == y).float().mean()
+            totals += torch.stack([loss.detach(), accuracy])  # on the device: nothing waits for it
 
         flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()
         rate = steps / (time.perf_counter() - start)  # tolist() has waited for the device
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()  # clips nothing
-        train_loss, train_acc = (metrics / steps).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
+        train_loss, train_acc = (totals / steps).tolist()
         val_loss, val_acc = evaluate(model, *val, autocast).tolist()
-        log.append({
-            "epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
+        row = {
+            "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
             "val_loss": val_loss, "val_acc": val_acc, "grad_norm": norm,
             "seconds": time.perf_counter() - start, "steps_per_s": rate,
-        })
-        grads.append({"epoch": epoch + 1, **dict(zip(layers, flow))})
-        if best is None or val_acc > best["val_acc"]:
-            best, best_model = log[-1], copy.deepcopy(model.state_dict())
-
+        }  # floats, because last.pt and result.json cannot hold what np.mean, say, returns
+        log.append({"epoch": epoch + 1} | {key: float(value) for key, value in row.items()})
+        grads.append({"epoch": epoch + 1} | dict(zip(layers, flow)))
+        if not diverged(log) and (state["best"] is None or val_acc > state["best"]["val_acc"]):
+            state["best"] = log[-1]
+            state["best_model"] = copy.deepcopy(model.state_dict())
+            write(run / "best.pt", state["best_model"])
         write(run / "log.csv", csv_text(log))
         write(run / "grads.csv", csv_text(grads))
-        write(run / "best.pt", best_model)
-        # last, and with all of the above: what a kill leaves ahead of it is made again
-        write(run / "last.pt", {
-            "settings": settings, "made_by": made_by, "log": log, "grads": grads,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "best": best, "best_model": best_model,
-        })
+        # After the others, because a run goes on from it: a kill before it repeats this epoch.
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write(run / "last.pt", state)
         left = log[-1]["seconds"] * (args.epochs - epoch - 1) / 60
         print(
             f"{title}  lr {lr:.1e}  train {train_loss:.3f} {train_acc:5.2f} %  "
             f"val {val_loss:.3f} {val_acc:5.2f} %  |grad| {norm:.1e}  "
-            f"{rate:.1f} steps/s  {left:.0f} min left",
-            flush=True,
+            f"{rate:.1f} steps/s  {left:.0f} min left"
         )
 
-    # ---- result
-    model.load_state_dict(best_model)
-    test_loss, test_acc = evaluate(model, *test, autocast).tolist()
+    # ---- result: the test set, once, with the weights of the best validation accuracy
+    test_loss = test_acc = math.nan
+    if state["best"]:
+        model.load_state_dict(state["best_model"])
+        test_loss, test_acc = evaluate(model, *test, autocast).tolist()
     result = {
-        "name": args.name, "epochs": len(log), "diverged": diverged(log),
-        "final": log[-1], "best": best, "test_loss": test_loss, "test_acc": test_acc,
-        "parameters": parameters, "layers": model.num_layers, "made_by": made_by,
-    }  # JSON has no NaN: it becomes null
+        "name": args.name, "layers": model.num_layers, "parameters": parameters,
+        "epochs": len(log), "diverged": diverged(log), "final": log[-1], "best": state["best"],
+        "test_loss": test_loss, "test_acc": test_acc, "made_by": state["made_by"],
+    }
+    # JSON has no NaN: it becomes null.
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     write(run / "result.json", json.dumps(result, indent=1) + "\n")
-    print(f"{run} is finished: {summary(result)}")
+    print(f"{args.name}: {summary(result)}; see {run}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, an epoch's line comes at once
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's kill is a Ctrl-C
-    goes_on = "the same command (without --fresh) goes on after the last whole epoch"
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {goes_on}", file=sys.stderr)
+        print(f"\ntrain.py: interrupted; {GOES_ON}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a fault; not a device that is out of memory
-        with exit_with(f"stopped; with this mended, {goes_on}"):
-            raise

@@ -119,7 +119,6 @@ def conventional():
 
 def bare():
     if GPU:
-        torch.cuda.set_stream(torch.cuda.Stream())
         torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -127,22 +126,17 @@ def bare():
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     model = VGG(stages=3, blocks=5, bn=True, residual=True)
     model = model.to(DEVICE, memory_format=torch.channels_last)
-    lr = torch.tensor(1e-3, device=DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=GPU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     x = torch.randn(100, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     y = torch.randint(100, (100,), device=DEVICE)
 
-    def step(plan=None):
+    def step():
         optimizer.zero_grad()
         with autocast:
             logits = model(x).float()
         F.cross_entropy(logits, y).backward()
         optimizer.step()
 
-    if GPU:
-        replay = train.cuda_graph(step, 1, DEVICE)
-        plan = torch.empty(4, 1, dtype=torch.int64, device=DEVICE)
-        return {"rate": rate(lambda: replay(plan))}
     return {"rate": rate(step)}
 
 
