@@ -384,7 +384,7 @@ def main(argv=None):
     layers = model.weight_layers()
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=torch.tensor(args.lr), weight_decay=args.wd, fused=True
+        model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True
     )
     graphed = None
     if args.graph:  # of the shallow copy, so that a last partial batch can use `model` as it is
@@ -440,7 +440,7 @@ def main(argv=None):
             t = epoch if args.cosine == "epochs" else epoch * steps + i
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
-                group["lr"].fill_(lr)
+                group["lr"] = lr
             x, y = normalise(augment(padded, plan)), labels[plan[0]]
             net = graphed if graphed and len(y) == args.batch_size else model
             with autocast:
