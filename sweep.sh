@@ -26,12 +26,19 @@ vgg72                --bn --residual --wd 1e-3 --stages 5 --blocks 6
 vgg132               --bn --residual --wd 1e-3 --stages 5 --blocks 12'  # the paper calls it VGG106
 
 # Not in the paper: a net that does have 106 layers, its author's batch 64, residual without BN,
-# plain VGG38 with other initial weights.
+# plain VGG38 with other initial weights, and cw21_*: the table that the coursework has handed out
+# since 2021 (README).
 EXTRAS='vgg106               --bn --residual --wd 1e-3 --stages 4 --blocks 12
 vgg38_rn_batch64     --bn --residual --wd 1e-3 --batch-size 64
 vgg38_residual_only  --residual
 vgg38_he             --init he
-vgg38_dirac          --init dirac'
+vgg38_dirac          --init dirac
+cw21_vgg08           --cosine batches --blocks 0
+cw21_vgg38_bn        --cosine batches --plain-reduction --bn
+cw21_vgg38_rc        --cosine batches --plain-reduction --residual
+cw21_vgg38_bn_rc     --cosine batches --plain-reduction --bn --residual
+cw21_vgg38_bn_lr1e-2      --cosine batches --plain-reduction --bn --lr 1e-2
+cw21_vgg38_bn_rc_lr1e-2   --cosine batches --plain-reduction --bn --residual --lr 1e-2'
 
 list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
 fail() { echo "sweep.sh: $1" >&2; exit 2; }
@@ -53,35 +60,24 @@ fi
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS is how many runs at once, not $JOBS"
-[[ " $SEEDS" =~ ^(\ +[0-9]+)+$ ]] || fail "SEEDS is a list of whole numbers, not '$SEEDS'"
+[[ " $SEEDS" =~ ^(\ +(0|[1-9][0-9]*))+$ ]] || fail "SEEDS is a list of whole numbers, not '$SEEDS'"
 command -v python >/dev/null || fail "there is no python: activate the virtual environment"
 train=$(dirname "$0")/train.py
 [ -e "$train" ] || train=train.py  # SLURM runs a copy of this file, in sbatch's folder
-cores=$(getconf _NPROCESSORS_ONLN)
-[ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
-export PYTHONUNBUFFERED=1
+if [ "$JOBS" -gt 1 ]; then  # each gets its share of the cores
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
+fi
 
-run() {  # NAME FLAGS...; one of several at once puts its name before its lines
-  [ "$JOBS" -gt 1 ] || exec python "$train" --name "$@"
-  trap : TERM  # a program that is ended has last words
-  set -o pipefail
-  python "$train" --name "$@" 2>&1 | {
-    trap '' TERM
-    while IFS= read -r line; do echo "$1: $line"; done
-  }
-}
-
-set -m  # a process group for each run, so that it can be ended whole
-trap 'for pid in $(jobs -rp); do kill -- "-$pid"; done; wait; exit 130' INT TERM
 pids=()
 names=()
+trap 'kill $(jobs -rp) 2>/dev/null; wait; exit 130' HUP INT TERM
 for seed in $SEEDS; do
   while read -r name flags; do
     [ -n "$name" ] || continue
     [ "$seed" -eq 0 ] || name=$name-seed$seed
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
-    [ "$JOBS" -gt 1 ] || echo "== $name"
-    run "$name" --seed "$seed" $flags "$@" </dev/null &
+    python "$train" --name "$name" --seed "$seed" $flags "$@" </dev/null &
     pids+=($!)
     names+=("$name")
   done <<<"$runs"

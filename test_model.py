@@ -633,25 +633,25 @@ def test_sweep_hands_on_flags_jobs_seeds_and_slurms_task(sweep):
 
 def test_sweep_shows_lines_as_they_come(sweep, tmp_path):
     process = sweep("vgg08", code=f"sleep 2; touch '{tmp_path}/ended'", JOBS="2")
-    assert process.stdout.readline().startswith("vgg08: ")
+    assert "--name vgg08" in process.stdout.readline()
     assert not (tmp_path / "ended").exists()
     assert ended(process)[1] == "sweep.sh: all done\n" and (tmp_path / "ended").exists()
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_sweep_that_is_ended_ends_its_runs_and_starts_no_more(sweep, tmp_path, jobs):
+@pytest.mark.parametrize("kill, jobs", [(signal.SIGTERM, "1"), (signal.SIGHUP, "2")])
+def test_sweep_that_is_ended_ends_its_runs_and_starts_no_more(sweep, tmp_path, kill, jobs):
     code = f"trap 'echo last words; exit 130' TERM; sleep 30 & wait; touch '{tmp_path}/ended'"
     process = sweep("vgg08", "vgg38", "vgg68", code=code, JOBS=jobs)
     while "--name" not in process.stdout.readline():
         pass
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(kill)
     status, out, _ = ended(process)
     assert status == 130 and "last words" in out and "vgg68" not in out
 
 
 def test_sweep_refuses_what_it_does_not_know(sweep):
-    wrong = [sweep("none-such"), sweep(JOBS="0"), sweep(SEEDS="a"), sweep(SEEDS=" ")]
+    wrong = [sweep("none-such"), sweep(JOBS="0"), sweep(SEEDS="a"), sweep(SEEDS="1 01")]
     for process in [*wrong, sweep(SLURM_ARRAY_TASK_ID="1000")]:
         status, out, err = ended(process)
         assert status == 2 and err.count("\n") == 1 and not out
