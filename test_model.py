@@ -51,19 +51,38 @@ def npz(tmp_path_factory):
 # ---- model.py
 
 
-@pytest.mark.parametrize("name", plot.PAPER)
-def test_sweep_builds_the_papers_models(name):
-    listed = subprocess.check_output(["bash", HERE / "sweep.sh", "--list"], text=True)
-    lines = {line.split()[0]: line.split()[1:] for line in listed.splitlines()}
-    assert [line for line in lines if line in plot.PAPER] == list(plot.PAPER)
-    _, settings = train.parse_args(lines[name])
-    model = VGG(**{key: settings[key] for key in NETWORK})
+SIZES = {  # (stages, blocks, bn): layers as the paper counts them, parameters to the unit
+    (3, 0, False): (8, 59_716),
+    (3, 5, False): (38, 336_196),
+    (3, 5, True): (38, 338_500),
+    (3, 10, True): (68, 616_900),
+    (5, 6, True): (72, 654_148),
+    (5, 12, True): (132, 1_210_948),
+    (4, 12, True): (106, 969_604),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_models_are_the_papers_to_the_parameter(size):
+    stages, blocks, bn = size
+    model = VGG(stages, blocks, bn=bn, residual=bn)
     parameters = sum(p.numel() for p in model.parameters())
-    assert (model.num_layers, parameters) == plot.PAPER[name][1:3]
+    assert (model.num_layers, parameters) == SIZES[size]
     layers = list(model.weight_layers())
     assert layers[:2] == ["conv", "norm"] and layers[-1] == "linear"
-    norms = model.num_layers - 1 if settings["bn"] else 1  # after every conv, or only the first
+    norms = model.num_layers - 1 if bn else 1  # after every conv, or only the first
     assert len(layers) == model.num_layers + norms
+
+
+def test_sweep_has_the_papers_runs():
+    settings = plot.sweep_settings()
+    assert list(settings) == [*plot.PAPER, *plot.EXTRAS, *plot.CW21]
+    for name in settings:
+        stages, blocks, bn = (settings[name][key] for key in ("stages", "blocks", "bn"))
+        layers = re.match(r"(?:cw21_)?vgg(\d+)", name)[1]
+        assert SIZES[stages, blocks, bn][0] == int(layers)
+        if "_rn" in name:
+            assert bn and settings[name]["residual"]
 
 
 @pytest.mark.parametrize("act", ["leaky_relu", "sigmoid"])
@@ -694,15 +713,35 @@ def test_tables_and_figures(runs, tmp_path, capsys):
     values = [float(log[-1]["val_acc"]) for log in logs]
     assert cells["VGG08"][3] == "48.60"
     assert cells["VGG08"][4] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-    assert cells["VGG08"][-1] == "2 epochs, short, 3 seeds"
-    assert cells["VGG38"][-1] == "1 of 2 epochs, 1 seed"
+    assert cells["VGG08"][-1] == "2 epochs, short, 3 seeds, other data: synthetic"
+    assert cells["VGG38"][-1] == "1 of 2 epochs, 1 seed, other data: synthetic"
     assert cells["VGG38"][8] == f"{float(rows(runs / 'vgg38/log.csv')[0]['val_loss']):.2f}"
     assert cells["VGG68"][1:] == ["86.86", "–", "66.76", "–", "0.44", "–", "1.30", "–", "–"]
     assert len(cells) == 16
     loss = np.mean([float(log[0]["train_loss"]) for log in logs])
-    assert table(tmp_path / "tables.md", 3)["VGG08"][1].startswith(f"{loss:.2f} ± ")
+    milestones = table(tmp_path / "tables.md", 4)
+    assert milestones["VGG08"][1].startswith(f"{loss:.2f} ± ")
+    assert milestones["VGG08"][2] == "–"  # of a short run only the first epoch
     assert f"torch {torch.__version__}" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "vgg38_bn" in capsys.readouterr().out
+
+
+def test_runs_of_unequal_kind_are_not_averaged(runs, tmp_path, capsys):
+    shutil.copytree(runs, tmp_path / "runs")
+    config = read_json(tmp_path / "runs/vgg08-seed1/config.json")
+    config["settings"]["data"] = "other.npz"
+    (tmp_path / "runs/vgg08-seed1/config.json").write_text(json.dumps(config))
+    found = plot.read_seeds(tmp_path / "runs", "vgg08", plot.sweep_settings()["vgg08"])
+    assert [run["seed"] for run in found] == [0, 2]
+    assert "left out: vgg08, seed 1" in capsys.readouterr().err
+
+
+def test_a_forks_log_without_a_column_is_named(runs, tmp_path):
+    shutil.copytree(runs / "vgg08", tmp_path / "a")
+    log = (tmp_path / "a/log.csv").read_text()
+    (tmp_path / "a/log.csv").write_text(log.replace("train_acc", "accuracy"))
+    with pytest.raises(ValueError, match="no train_acc"):
+        plot.read_run(tmp_path / "a")
 
 
 def test_seeds_that_diverged_or_are_broken_are_told(runs, tmp_path, capsys):
@@ -713,12 +752,15 @@ def test_seeds_that_diverged_or_are_broken_are_told(runs, tmp_path, capsys):
     (tmp_path / "runs/vgg08-seed1/config.json").write_text("{")
     shutil.copytree(runs / "vgg08", tmp_path / "runs/vgg08-seed1_old")  # is no seed
     shutil.copytree(runs / "vgg08", tmp_path / "runs/vgg72")  # is another network
+    shutil.copytree(runs / "vgg08", tmp_path / "runs/vgg08-seed3")  # is seed 0 once more
     plot.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     cells = table(tmp_path / "out/tables.md")
-    assert cells["VGG08"][-1] == "2 epochs, short, 1 seed, 1 more diverged"
+    assert cells["VGG08"][-1] == "2 epochs, short, 1 seed, 1 more diverged, other data: synthetic"
     assert cells["VGG72"][-1] == "–"
     left_out = capsys.readouterr().err
-    assert left_out.count("\n") == 2 and "vgg08-seed1 cannot" in left_out and "vgg72" in left_out
+    assert left_out.count("\n") == 3 and "vgg08-seed1 is no run" in left_out
+    assert "vgg72 is not vgg72: made with blocks 0" in left_out
+    assert "vgg08-seed3 is not vgg08: made with seed 0" in left_out
 
 
 def test_compare_any_runs_and_bad_ones(runs, tmp_path, capsys):
@@ -738,13 +780,14 @@ def test_the_papers_own_curves_are_drawn_where_they_are(runs, tmp_path, monkeypa
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
     run = plot.read_run(runs / "vgg08")
+    run["paper"] = plot.read_csv(HERE / "results/paper/vgg08.csv")
     plot.curves([[run]], [plot.LOSS], "", None)
-    monkeypatch.setattr(plot, "PAPER_LOGS", tmp_path)
+    del run["paper"]
     plot.curves([[run]], [plot.LOSS], "", None)
     with_paper, without = [
         [line for line in figure.axes[0].lines if line.get_linestyle() == "--"] for figure in kept
     ]
-    assert len(with_paper) == 3 and not without  # validation, training, and the legend's
+    assert len(with_paper) == 2 and not without  # validation, and the legend's
     assert len(with_paper[0].get_xdata()) == 100
 
 
@@ -753,7 +796,10 @@ def test_a_vanished_gradient_is_seen(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
     grads = {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)}
+    settings = {"stages": 3, "blocks": 5, "batch_size": 100, "data": "x"}
+    config = {"settings": settings, "steps_per_epoch": 475}
     run = {"label": "x", "grads": grads, "planned": 1, "done": 1, "diverged": False}
+    run["config"] = config
     plot.gradient_flow([run], "", None)
     linear, log = kept[0].axes[:2]
     assert linear.get_yscale() == "linear" and log.get_yscale() == "log"
@@ -782,7 +828,7 @@ def test_published_weights_are_their_runs(weights):
 def test_readme_shows_the_results():
     """README's main table is that of tables.md, which plot.py makes of results/runs."""
     tables = (HERE / "results/tables.md").read_text(encoding="utf-8")
-    found = {name: plot.read_seeds(HERE / "results/runs", name) for name in plot.PAPER}
+    found = plot.read_all(HERE / "results/runs")
     assert tables == plot.tables(found)
     main = tables.split("\n## ")[1].split("\n\n")[1].strip()
     assert main.count("\n") == 17
