@@ -25,6 +25,10 @@ import train
 from model import VGG
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "results"))
+import same_images
+import vanishing
+
 TINY = "--blocks 0 --filters 8 --batch-size 40 --device cpu".split()
 NETWORK = ("stages", "blocks", "filters", "bn", "residual", "act")  # settings that are VGG's
 FILES = {"config.json", "log.csv", "grads.csv", "last.pt", "best.pt", "result.json"}
@@ -183,11 +187,12 @@ def test_split_is_the_papers():
 
 
 def test_learning_rates():
-    ours = [train.cosine_lr(e, 100, 1e-3, 2e-5) for e in range(100)]
+    """As PyTorch's scheduler has them, far beyond the period too, where --cosine batches goes."""
+    ours = [train.cosine_lr(t, 100, 1e-3, 2e-5) for t in range(1000)]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=2e-5)
     theirs = []
-    for _ in range(100):
+    for _ in range(1000):
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
@@ -332,6 +337,14 @@ def test_a_run_is_the_papers_recipe(npz, tmp_path):
             best_acc, best_test_loss = val_acc, test_loss
     result = read_json(tmp_path / "a/result.json")
     assert result["test_loss"] == pytest.approx(best_test_loss, rel=2e-3)
+
+
+@pytest.mark.parametrize("cosine, times", [("epochs", [0, 1, 2]), ("batches", [7, 15, 23])])
+def test_what_the_cosine_counts(npz, tmp_path, cosine, times):
+    """The rate of the last of an epoch's 8 mini-batches."""
+    train.main(flags(f"--epochs 3 --lr 1e-2 --cosine {cosine}", npz, tmp_path))
+    rates = [float(row["lr"]) for row in rows(tmp_path / "a/log.csv")]
+    np.testing.assert_allclose(rates, [train.cosine_lr(t, 3, 1e-2, 2e-5) for t in times], 1e-6)
 
 
 def test_learns_the_synthetic_set(tmp_path, capsys):
@@ -805,6 +818,33 @@ def test_a_vanished_gradient_is_seen(tmp_path, monkeypatch):
     assert linear.get_yscale() == "linear" and log.get_yscale() == "log"
     assert log.get_ylim()[0] < 1e-18 and log.get_ylim()[1] >= 1e-3
     np.testing.assert_allclose(log.lines[0].get_ydata(), [10.0 ** (i - 18) for i in range(16)])
+
+
+# ---- results/
+
+
+def test_the_image_vanishes_from_the_plain_net_alone():
+    (images, labels), *_ = train.load_data("synthetic")
+    images = train.normalise(images[:16]).double()
+    for name, options in vanishing.NETS.items():
+        differs, _, gradient = vanishing.measure(images, labels[:16], **options)
+        assert len(differs) == 38 and differs[0] > 0.1 and gradient[-1] > 1e-4
+        if name == "plain":
+            assert differs[-1] < 1e-12 and gradient[0] < 1e-16
+        else:
+            assert differs[-1] > 1e-3 and gradient[0] > 1e-9
+
+
+def test_same_images_restores_the_order():
+    images, labels, *_ = train.synthetic(200, 1)
+    images[7], labels[7] = images[3], labels[3]  # the same image twice
+    order = same_images.keys(images, labels)
+    shuffle = np.random.RandomState(0).permutation(200)
+    index = same_images.order_as(order, same_images.keys(images[shuffle], labels[shuffle]))
+    assert np.array_equal(images[shuffle][index], images)
+    with pytest.raises(SystemExit, match="not all of it"):
+        same_images.order_as(order, same_images.keys(images, (labels + 1) % 100))
+    assert np.load(HERE / "results/order.npy").shape == (60_000,)
 
 
 @pytest.mark.parametrize("weights", sorted(HERE.glob("results/weights/*.pt")), ids=lambda p: p.stem)

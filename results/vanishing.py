@@ -1,0 +1,81 @@
+"""What vanishes in plain VGG38 at its start, and what the cures keep: draws results/vanishing.png.
+
+python results/vanishing.py [DATA]     DATA: cifar100 (default), synthetic or FILE.npz
+
+128 training images, seed 0, float64, no augmentation. At the input of every conv and of the linear
+layer: how much of the signal differs between images (root mean square of x minus its mean over the
+images), how far the images' directions are apart (one minus the mean cosine between two images),
+and the mean |gradient| of the loss with respect to that input.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+from model import VGG
+
+NETS = {
+    "plain": {},
+    "plain, He": {"init": "he"},
+    "plain, Dirac": {"init": "dirac"},
+    "batch norm": {"bn": True},
+    "residual": {"residual": True},
+    "both": {"bn": True, "residual": True},
+}
+MEASURES = ("part that differs between images", "1 - mean cosine of two images", "mean |gradient|")
+
+
+def measure(images, labels, **options):
+    """(3, layers): MEASURES at the input of every conv and the linear layer, input to output."""
+    torch.manual_seed(0)
+    model = VGG(stages=3, blocks=5, **options).double()
+    inputs = []
+
+    def keep(module, args):
+        args[0].retain_grad()
+        inputs.append(args[0])
+
+    for layer in [*model.convs(), model.linear]:
+        layer.register_forward_pre_hook(keep)
+    F.cross_entropy(model(images.clone().requires_grad_()), labels).backward()
+    rows = []
+    for x in inputs:
+        differs = (x - x.mean(0)).square().mean().sqrt()
+        # The variance of the unit vectors is one minus the mean cosine of all pairs, but does not
+        # subtract two numbers that are nearly equal.
+        apart = F.normalize(x.flatten(1)).var(0).sum()
+        rows.append([differs.item(), apart.item(), x.grad.abs().mean().item()])
+    return torch.tensor(rows).T
+
+
+def main(source="cifar100"):
+    (images, labels), *_ = train.load_data(source)
+    images, labels = train.normalise(images[:128]).double(), labels[:128]
+    found = {name: measure(images, labels, **options) for name, options in NETS.items()}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    layers = range(1, 39)
+    for i, (axis, title) in enumerate(zip(axes, MEASURES)):
+        for name, values in found.items():
+            axis.plot(layers, values[i], lw=1.3, label=name)
+        for end in (13.5, 25.5, 37.5):  # a stage is 12 convs, after the entry's
+            axis.axvline(end, color="grey", lw=0.8, alpha=0.6)
+        axis.set(yscale="log", title=title, xlabel="layer, input to output (grey: a stage ends)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(Path(__file__).parent / "vanishing.png", dpi=110)
+    columns = {"first block": 1, "second stage": 13, "third stage": 25, "linear layer": 37}
+    for i, title in enumerate(MEASURES):
+        print(f"\n{title}, at the input of the\n{'':12}  " + "  ".join(columns))
+        for name, values in found.items():
+            cells = [f"{values[i][at]:{len(column)}.2g}" for column, at in columns.items()]
+            print(f"{name:12}  " + "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
