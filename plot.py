@@ -63,6 +63,12 @@ def read_run(folder):
             "planned": planned, "done": done, "diverged": bool(result and result["diverged"])}
 
 
+def has_cifar100s_size(run):
+    """False if an epoch has other than 47,500 images: synthetic data, or --limit."""
+    config = run["config"]
+    return config["steps_per_epoch"] == math.ceil(47_500 / config["settings"]["batch_size"])
+
+
 def length(runs):
     """How many epochs the runs had: "100 epochs", "5 epochs, short", "12 of 100 epochs", ..."""
     planned, done = runs[0]["planned"], runs[0]["done"]
@@ -80,9 +86,8 @@ def note(runs):
     parts = [length(runs), "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"]
     if runs[0].get("lost"):
         parts.append(f"{runs[0]['lost']} more diverged")
-    settings = runs[0]["config"]["settings"]
-    if runs[0]["config"]["steps_per_epoch"] != math.ceil(47_500 / settings["batch_size"]):
-        parts.append(f"other data: {settings['data']}")  # CIFAR-100 has 47,500 training images
+    if not has_cifar100s_size(runs[0]):
+        parts.append(f"other data: {runs[0]['config']['settings']['data']}")
     return ", ".join(parts)
 
 
@@ -316,7 +321,7 @@ def read_seeds(folder, name, expected):
         label, *_, colour = (PAPER | EXTRAS).get(name, (CW21.get(name, [name])[0], 0))
         paper = PAPER_LOGS / f"{name}.csv"
         run |= {"label": label, "colour": COLOURS[colour], "seed": settings["seed"]}
-        run["paper"] = read_csv(paper) if paper.exists() else None
+        run["paper"] = read_csv(paper) if paper.exists() and has_cifar100s_size(run) else None
         run["kind"] = (settings["precision"], Path(settings["data"]).name, settings["limit"])
         runs.append(run)
     runs.sort(key=lambda run: (-run["planned"], run["seed"]))

@@ -401,10 +401,8 @@ def main(argv=None):
             state |= torch.load(run / "last.pt", map_location=device, weights_only=True)
         except (EOFError, RuntimeError, pickle.UnpicklingError):
             sys.exit(f"train.py: {run}/last.pt is broken: start over with --fresh")
-        check_settings(run, state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    state["settings"] = settings
     log, grads = state["log"], state["grads"]
     maker = f"{hardware}, {settings['precision']}, torch {torch.__version__}, {commit} {code}"
     if maker not in state["made_by"]:  # there are more if a run goes on elsewhere, or edited

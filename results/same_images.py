@@ -17,8 +17,9 @@ import train
 
 def keys(images, labels):
     """A number an image, (N,) uint64: the start of the SHA-256 of its 3,072 bytes and its label."""
-    digests = [hashlib.sha256(x.tobytes() + bytes([y])).digest()[:8] for x, y in zip(images, labels)]
-    return np.frombuffer(b"".join(digests), dtype="<u8")
+    contents = (x.tobytes() + bytes([y]) for x, y in zip(images, labels))
+    starts = [hashlib.sha256(content).digest()[:8] for content in contents]
+    return np.frombuffer(b"".join(starts), dtype="<u8")
 
 
 def order_as(order, found):

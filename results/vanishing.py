@@ -1,11 +1,11 @@
 """What vanishes in plain VGG38 at its start, and what the cures keep: draws results/vanishing.png.
 
-python results/vanishing.py [DATA]     DATA: cifar100 (default), synthetic or FILE.npz
+python results/vanishing.py [DATA [SEED]]     DATA: cifar100 (default), synthetic or FILE.npz
 
-128 training images, seed 0, float64, no augmentation. At the input of every conv and of the linear
-layer: how much of the signal differs between images (root mean square of x minus its mean over the
-images), how far the images' directions are apart (one minus the mean cosine between two images),
-and the mean |gradient| of the loss with respect to that input.
+128 training images, seed 0 if none is given, float64, no augmentation. At the input of every conv
+and of the linear layer: how much of the signal differs between images (root mean square of x minus
+its mean over the images), how far the images' directions are apart (one minus the mean cosine of
+two images), and the mean |gradient| of the loss with respect to that input.
 """
 import os
 import sys
@@ -31,9 +31,9 @@ NETS = {
 MEASURES = ("part that differs between images", "1 - mean cosine of two images", "mean |gradient|")
 
 
-def measure(images, labels, **options):
+def measure(images, labels, seed=0, **options):
     """(3, layers): MEASURES at the input of every conv and the linear layer, input to output."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = VGG(stages=3, blocks=5, **options).double()
     inputs = []
 
@@ -54,10 +54,10 @@ def measure(images, labels, **options):
     return torch.tensor(rows).T
 
 
-def main(source="cifar100"):
+def main(source="cifar100", seed=0):
     (images, labels), *_ = train.load_data(source)
     images, labels = train.normalise(images[:128]).double(), labels[:128]
-    found = {name: measure(images, labels, **options) for name, options in NETS.items()}
+    found = {name: measure(images, labels, int(seed), **o) for name, o in NETS.items()}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     layers = range(1, 39)
     for i, (axis, title) in enumerate(zip(axes, MEASURES)):
