@@ -10,7 +10,7 @@ conventional  torchvision transforms on PIL images, a DataLoader with 2 workers,
 bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no
               augmentation, no figures
 
-Also: time to the loop, evaluation and files as a share of a 475-step epoch, and peak memory.
+Also: evaluation and files as a share of a 475-step epoch, and peak memory.
 """
 import argparse
 import json
@@ -36,7 +36,6 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 STEPS = 95 if GPU else 16  # a round's length: seconds on either
 WARM_UP = 4
 VGG38 = ["--bn", "--residual"]
-VGG132 = [*VGG38, "--stages", "5", "--blocks", "12"]
 
 
 def random_images():
@@ -66,12 +65,12 @@ def rate(step):
     return STEPS / (time.perf_counter() - start)
 
 
-def ours(flags=VGG38):
+def ours():
     """A run of train.py of two epochs: what it logged, and its peak memory in GiB."""
     train.synthetic = random_images
     with tempfile.TemporaryDirectory() as out:
         length = ["--limit", str(100 * STEPS), "--epochs", "2"]
-        train.main(["--data", "synthetic", *length, *flags, "--out", out, "--name", "a"])
+        train.main(["--data", "synthetic", *length, *VGG38, "--out", out, "--name", "a"])
         log = np.genfromtxt(Path(out) / "a/log.csv", delimiter=",", names=True)[-1]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if GPU:
@@ -140,31 +139,7 @@ def bare():
     return {"rate": rate(step)}
 
 
-def start_up():
-    """Seconds from the command to the loop, beside what `import torch` alone takes."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    imported = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, train.__file__, *VGG38, "--data", "synthetic", "--out", out]
-        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-        for _ in range(3):  # lines before the loop
-            process.stdout.readline()
-        seconds = time.perf_counter() - start
-        process.kill()
-        process.wait()
-    return {"seconds": seconds - imported}
-
-
-MODES = {
-    "train.py": ours,
-    "conventional": conventional,
-    "bare": bare,
-    "start": start_up,
-    "VGG132": lambda: ours(VGG132),
-}
+MODES = {"train.py": ours, "conventional": conventional, "bare": bare}
 
 
 def measure(mode):
@@ -190,7 +165,7 @@ def main():
         return print(json.dumps(MODES[args.mode]()))
     name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; VGG38 ResNet, batch 100; steps a second")
-    rates = {"train.py": [], "conventional": [], "bare": []}
+    rates = {mode: [] for mode in MODES}
     for _ in range(args.rounds):
         for mode in rates:
             figures = measure(mode)
@@ -204,10 +179,8 @@ def main():
         print(f"train.py / {mode}: {statistics.median(ratios):.2f} (median; {spread})")
     share = last["evaluation"] / (last["evaluation"] + 475 / last["rate"])
     print(f"evaluation of 2,500 images: {100 * share:.1f} % of a 475-step epoch")
-    print(f"from the command to the loop, beside import torch: {measure('start')['seconds']:.1f} s")
     whose = "" if GPU else " (of the process)"
-    peak = measure("VGG132")["peak"]
-    print(f"peak memory: VGG38 {last['peak']:.2f} GiB, VGG132 {peak:.2f} GiB{whose}")
+    print(f"peak memory: {last['peak']:.2f} GiB{whose}")
 
 
 if __name__ == "__main__":
