@@ -440,11 +440,11 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             x, y = normalise(augment(padded, plan)), labels[plan[0]]
+            optimizer.zero_grad()
             net = graphed if graphed and len(y) == args.batch_size else model
             with autocast:
                 logits = net(x).float()
             loss = F.cross_entropy(logits, y)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             accuracy = 100 * (logits.argmax(1) == y).float().mean()
