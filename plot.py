@@ -58,7 +58,7 @@ def read_run(folder):
         grads.pop("epoch")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{folder} is no run that can be read ({error})")
-    label = str(folder).strip("/") if path.name else str(path.resolve())
+    label = str(folder) if path.name else str(path.resolve())
     return {"label": label, "config": config, "log": log, "grads": grads, "result": result,
             "planned": planned, "done": done, "diverged": bool(result and result["diverged"])}
 
