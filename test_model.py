@@ -1,4 +1,4 @@
-"""pytest -q: under two minutes on two cores, no network, no data set."""
+"""pytest -q: two to three minutes on two cores, no network, no data set."""
 
 import csv
 import json
