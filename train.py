@@ -60,10 +60,13 @@ def cifar100(data_dir):
     from torchvision.datasets import CIFAR100  # here, because this import takes seconds
 
     try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{data_dir}/download.lock"):  # of several runs at once only one downloads
-            train = CIFAR100(data_dir, download=True)  # looks first whether it is there
-        test = CIFAR100(data_dir, train=False)
+        try:
+            CIFAR100(data_dir, train=False)
+        except RuntimeError:  # torchvision's word for "not there, or damaged"
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{data_dir}/download.lock"):  # of several runs only one downloads
+                CIFAR100(data_dir, download=True)
+        train, test = CIFAR100(data_dir), CIFAR100(data_dir, train=False)
     except (OSError, RuntimeError) as error:
         sys.exit(f"train.py: no CIFAR-100 in {data_dir}/, and no download ({error}); "
                  "bring it as --data FILE.npz, or use --data synthetic")
