@@ -241,7 +241,7 @@ EXTRAS = {  # not in the paper; batch 64 is from its author's logs
     "vgg38_dirac": ("VGG38, Dirac initialisation", None, None, None, None, 7),
 }
 # The table that the coursework has handed out since 2021, and a student's published run of it
-# (AlexeyDronov's fork of the framework): METRICS, twice. "?" was left to the student.
+# (AlexeyDronov's fork of the framework): METRICS, twice. None: left to the student, or not published.
 CW21 = {
     "cw21_vgg08": ("VGG08", (51.59, 46.84, 1.74, 1.95), (51.4, 46.4, 1.747, 1.989)),
     "cw21_vgg38_bn": ("VGG38 BN", (47.13, 42.76, 1.91, 2.14), (46.0, 45.4, 1.975, 2.002)),
@@ -257,29 +257,17 @@ PAPER_TEST = {  # accuracy in % and loss on the test set: vgg68's is in the pape
     "vgg68": (65.83, 1.33),
 }
 PAPER_LOGS = Path(__file__).parent / "results/paper"  # NAME.csv: three published logs, by epoch
-FIGURES = {  # file: title, runs, what is drawn
-    "annex_a": ("Annex A: VGG08 and VGG38", ["vgg08", "vgg38"], [LOSS, ACC]),
-    "figure2": (
-        "Figure 2 (section 5.1): batch norm and residual connections",
-        ["vgg08", "vgg38", "vgg38_bn", "vgg38_rn", "vgg38_rn_sigmoid"],
-        [LOSS],
-    ),
-    "figure3": (
-        "Figure 3 (section 5.2): weight decay",
-        ["vgg38_rn", "vgg38_rn_wd1e-2", "vgg38_rn_wd1e-3", "vgg38_rn_wd1e-4"],
-        [ACC, LOSS],
-    ),
-    "figure4": (
-        "Figure 4 (section 5.3): learning rate and batch size",
-        ["vgg38_rn_wd1e-3", "vgg38_rn_lr5", "vgg38_rn_lr30", "vgg38_rn_lr100"]
-        + ["vgg38_rn_batch256", "vgg38_rn_batch512"],
-        [LOSS],
-    ),
-    "figure5": (
-        "Figure 5 (section 5.4): depth",
-        ["vgg38_rn_wd1e-3", "vgg68", "vgg72", "vgg132"],
-        [ACC, LOSS],
-    ),
+FIGURES = {  # file: title, what is drawn, runs
+    "annex_a": ("Annex A: VGG08 and VGG38", [LOSS, ACC], "vgg08", "vgg38"),
+    "figure2": ("Figure 2 (section 5.1): batch norm and residual connections", [LOSS],
+                "vgg08", "vgg38", "vgg38_bn", "vgg38_rn", "vgg38_rn_sigmoid"),
+    "figure3": ("Figure 3 (section 5.2): weight decay", [ACC, LOSS],
+                "vgg38_rn", "vgg38_rn_wd1e-2", "vgg38_rn_wd1e-3", "vgg38_rn_wd1e-4"),
+    "figure4": ("Figure 4 (section 5.3): learning rate and batch size", [LOSS],
+                "vgg38_rn_wd1e-3", "vgg38_rn_lr5", "vgg38_rn_lr30", "vgg38_rn_lr100",
+                "vgg38_rn_batch256", "vgg38_rn_batch512"),
+    "figure5": ("Figure 5 (section 5.4): depth", [ACC, LOSS],
+                "vgg38_rn_wd1e-3", "vgg68", "vgg72", "vgg132"),
 }
 MILESTONES = (1, 2, 5, 10, 30, 100)  # epochs
 
@@ -427,10 +415,9 @@ def table_of_milestones(found):
 def table_of_origins(found):
     rows = []
     for run in [run for runs in found.values() for run in runs]:
-        minutes, rate = "–", "–"  # a fork's log may lack them
-        if {"seconds", "steps_per_s"} <= run["log"].keys():
-            minutes = f"{run['log']['seconds'].sum() / 60:.0f}"
-            rate = f"{np.median(run['log']['steps_per_s']):.1f}"
+        nothing = np.array([np.nan])  # a fork's log may lack a column
+        minutes = f"{run['log'].get('seconds', nothing).sum() / 60:.0f}"
+        rate = f"{np.median(run['log'].get('steps_per_s', nothing)):.1f}"
         made_by = "; then ".join((run["result"] or {}).get("made_by", ["not finished"]))
         epochs = f"{run['done']} of {run['planned']}"
         rows.append([f"`{run['config']['command']}`", made_by, epochs, minutes, rate])
@@ -473,7 +460,7 @@ def main(argv=None):
     if flows:
         title = "Figure 1: gradient flow, last mini-batch of every epoch (grey: where a stage ends)"
         gradient_flow(flows, title, args.out / "figure1.png")
-    for file, (title, names, panels) in FIGURES.items():
+    for file, (title, panels, *names) in FIGURES.items():
         groups = [found[name] for name in names if found[name]]
         if groups:
             curves(groups, panels, title, args.out / f"{file}.png")

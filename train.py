@@ -34,8 +34,6 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 # ---- data
-
-
 def split_indices(n):
     """Indices of the training (95 %) and validation images among n images.
 
@@ -79,9 +77,8 @@ def as_tensors(images, labels, source):
     good_images = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
     good_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
     if not (good_images and good_labels and 0 <= labels.min() and labels.max() < 10_000):
-        sys.exit(f"train.py: {source} cannot be used: images are {images.dtype} {images.shape} and "
-                 f"must be uint8 (N, 32, 32, 3); labels are {labels.dtype} {labels.shape} and must "
-                 "be integers (N,) from 0 to 9,999")
+        sys.exit(f"train.py: {source} cannot be used: it has {images.dtype} {images.shape} images, "
+                 "not uint8 (N, 32, 32, 3), or labels that are not N integers from 0 to 9,999")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -122,8 +119,6 @@ def normalise(images):
 
 
 # ---- augmentation
-
-
 def draw(n, device):
     """An epoch's augmentation, (4, n) int64: shuffled order, crop row and column (0 to 8), flip."""
     order = torch.randperm(n, device=device)
@@ -147,8 +142,6 @@ def augment(padded, plan):
 
 
 # ---- schedule and evaluation
-
-
 def cosine_lr(t, period, lr_max, lr_min):
     """Learning rate at time t: from lr_max at t = 0 down to lr_min at t = period (section 5)."""
     return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * t / period)) / 2
@@ -179,8 +172,6 @@ def live(batches, title):
 
 
 # ---- files
-
-
 def write(path, content):
     """Replace a file as a whole, so that a kill leaves the old one or the new one, never a part.
 
