@@ -241,7 +241,7 @@ EXTRAS = {  # not in the paper; batch 64 is from its author's logs
     "vgg38_dirac": ("VGG38, Dirac initialisation", None, None, None, None, 7),
 }
 # The table that the coursework has handed out since 2021, and a student's published run of it
-# (AlexeyDronov's fork of the framework): METRICS, twice. None: left to the student, or not published.
+# (AlexeyDronov's fork of the framework): METRICS, twice; None if left to the student, or unknown.
 CW21 = {
     "cw21_vgg08": ("VGG08", (51.59, 46.84, 1.74, 1.95), (51.4, 46.4, 1.747, 1.989)),
     "cw21_vgg38_bn": ("VGG38 BN", (47.13, 42.76, 1.91, 2.14), (46.0, 45.4, 1.975, 2.002)),

@@ -28,7 +28,11 @@ NETS = {
     "residual": {"residual": True},
     "both": {"bn": True, "residual": True},
 }
-MEASURES = ("part that differs between images", "1 - mean cosine of two images", "mean |dL/d input|")
+MEASURES = (
+    "part that differs between images",
+    "1 - mean cosine of two images",
+    "mean |dL/d input|",
+)
 
 
 def measure(images, labels, seed=0, **options):
