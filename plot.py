@@ -414,8 +414,8 @@ def table_of_milestones(found):
 
 def table_of_origins(found):
     rows = []
+    nothing = np.array([np.nan])  # a fork's log may lack a column
     for run in [run for runs in found.values() for run in runs]:
-        nothing = np.array([np.nan])  # a fork's log may lack a column
         minutes = f"{run['log'].get('seconds', nothing).sum() / 60:.0f}"
         rate = f"{np.median(run['log'].get('steps_per_s', nothing)):.1f}"
         made_by = "; then ".join((run["result"] or {}).get("made_by", ["not finished"]))

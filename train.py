@@ -59,12 +59,12 @@ def cifar100(data_dir):
 
     try:
         try:
-            CIFAR100(data_dir, train=False)
+            test = CIFAR100(data_dir, train=False)
         except RuntimeError:  # torchvision's word for "not there, or damaged"
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(f"{data_dir}/download.lock"):  # of several runs only one downloads
-                CIFAR100(data_dir, download=True)
-        train, test = CIFAR100(data_dir), CIFAR100(data_dir, train=False)
+                test = CIFAR100(data_dir, train=False, download=True)  # brings both parts
+        train = CIFAR100(data_dir)
     except (OSError, RuntimeError) as error:
         sys.exit(f"train.py: no CIFAR-100 in {data_dir}/, and no download ({error}); "
                  "bring it as --data FILE.npz, or use --data synthetic")
