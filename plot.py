@@ -152,7 +152,7 @@ def curves(groups, panels, title, path):
     axes[0, 0].legend(fontsize=8)
     if short:
         line = f"not drawn, because their runs are too short: {', '.join(short)}"
-        title += "\n" + textwrap.fill(line, 90 * len(panels))
+        title += "\n" + textwrap.fill(line, 75 * len(panels))
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 
