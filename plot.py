@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before matplotlib: a notebook's own back end draws no files
@@ -151,9 +150,8 @@ def curves(groups, panels, title, path):
         axes[0, 0].plot([], [], style, color="grey", lw=1, label=label)
     axes[0, 0].legend(fontsize=8)
     if short:
-        line = f"not drawn, because their runs are too short: {', '.join(short)}"
-        title += "\n" + textwrap.fill(line, 75 * len(panels))
-    figure.suptitle(title, fontsize=10)
+        title += f"\nnot drawn, because their runs are too short: {', '.join(short)}"
+    figure.suptitle(title, fontsize=10, wrap=True)
     save(figure, path)
 
 
