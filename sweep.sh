@@ -6,6 +6,7 @@
 #   bash sweep.sh vgg08 -- --epochs 5 --out runs-short    flags after -- go to every run
 #   JOBS=4 SEEDS="0 1 2" bash sweep.sh    four at once, three seeds of each
 #   sbatch --gres=gpu:1 --array=1-16 sweep.sh    SLURM, a line of the list each (17 on: the extras)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # it was started with sh
 set -u
 
 RUNS='vgg08                --blocks 0
@@ -34,16 +35,17 @@ vgg38_residual_only  --residual
 vgg38_he             --init he
 vgg38_dirac          --init dirac
 cw21_vgg08           --cosine batches --blocks 0
-cw21_vgg38_bn        --cosine batches --plain-reduction --bn
+cw21_vgg38_bn        --cosine batches --bn
 cw21_vgg38_rc        --cosine batches --plain-reduction --residual
 cw21_vgg38_bn_rc     --cosine batches --plain-reduction --bn --residual
-cw21_vgg38_bn_lr1e-2      --cosine batches --plain-reduction --bn --lr 1e-2
+cw21_vgg38_bn_lr1e-2      --cosine batches --bn --lr 1e-2
 cw21_vgg38_bn_rc_lr1e-2   --cosine batches --plain-reduction --bn --residual --lr 1e-2'
 
 list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
 fail() { echo "sweep.sh: $1" >&2; exit 2; }
 
 if [ "${1:-}" = --list ]; then list; exit; fi
+if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# //p' "$0"; exit; fi
 chosen=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   line=$(list | awk -v name="$1" '$1 == name')
