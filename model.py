@@ -1,7 +1,6 @@
 """The paper's VGG (sections 2 to 4): a stack of one kind of block, with options."""
 from functools import partial
 
-import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {  # the choices of --act
@@ -45,24 +44,17 @@ class Block(nn.Module):
 class VGG(nn.Module):
     """`stages` stages of `blocks` ordinary blocks and one reduction block (section 2, Algorithm 1).
 
-    x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map.
+    x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map,
+    so there can be five at most.
     `init` is how the weights start: "default" is PyTorch's own, the paper's, with which 38 plain
     layers vanish; "he" scales every conv as He et al. (2015); "dirac" starts every block's conv as
     the identity (Zagoruyko and Komodakis 2017). `options` go to every Block.
-    Raises ValueError for stages outside 1 to 5, negative blocks, an unknown act or init.
+    Raises KeyError for an unknown act, ValueError for an unknown init.
     """
 
     def __init__(self, stages, blocks, filters=32, classes=100, act="leaky_relu", init="default",
                  **options):
         super().__init__()
-        if not 1 <= stages <= 5:
-            raise ValueError(f"stages must be 1 to 5, for images of 32 x 32, not {stages}")
-        if blocks < 0:
-            raise ValueError(f"blocks must be 0 or more, not {blocks}")
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act must be one of {list(ACTIVATIONS)}, not {act}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {list(INITS)}, not {init}")
         self.conv = nn.Conv2d(3, filters, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(filters)  # in every model, those without batch norm too
         self.act = ACTIVATIONS[act]()
@@ -72,20 +64,22 @@ class VGG(nn.Module):
                 self.blocks.append(Block(filters, False, act, **options))
             self.blocks.append(Block(filters, True, act, **options))
         self.linear = nn.Linear(filters, classes)
-        self.num_layers = stages * (2 * blocks + 2) + 2  # as the paper counts: convs and linear
+        self.num_layers = len(self.convs()) + 1  # as the paper counts: convs and linear
         if init == "he":
             for conv in self.convs():
                 nn.init.kaiming_normal_(conv.weight, a=0.01)
-        if init == "dirac":
+        elif init == "dirac":
             for conv in self.convs()[1:]:  # not the entry's: it has 3 channels to spread over 32
                 nn.init.dirac_(conv.weight)
                 if conv.bias is not None:
                     nn.init.zeros_(conv.bias)
+        elif init != "default":
+            raise ValueError(f"init must be one of {INITS}, not {init}")
 
     def forward(self, x):
         x = self.act(self.norm(self.conv(x)))
         x = self.blocks(x)
-        x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, filters)
+        x = x.mean((2, 3))  # over the map that is left: (N, filters)
         return self.linear(x)
 
     def convs(self):
