@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def cifar100(data_dir):
         train = CIFAR100(data_dir)
     except (OSError, RuntimeError) as error:
         sys.exit(f"train.py: no CIFAR-100 in {data_dir}/, and no download ({error}); "
-                 "bring it as --data FILE.npz, or use --data synthetic")
+                 "put cifar-100-python.tar.gz there, or use --data FILE.npz or --data synthetic")
     return train.data, train.targets, test.data, test.targets
 
 
@@ -76,9 +77,11 @@ def as_tensors(images, labels, source):
     labels = np.asarray(labels)
     good_images = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
     good_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    if not (good_images and good_labels and 0 <= labels.min() and labels.max() < 10_000):
+    enough = images.size >= 20 * 32 * 32 * 3  # of 20 images one is for validation
+    if not (good_images and good_labels and enough and 0 <= labels.min() <= labels.max() < 10_000):
         sys.exit(f"train.py: {source} cannot be used: it has {images.dtype} {images.shape} images, "
-                 "not uint8 (N, 32, 32, 3), or labels that are not N integers from 0 to 9,999")
+                 "not 20 or more of uint8 (N, 32, 32, 3), or labels that are not N integers from "
+                 "0 to 9,999")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -168,7 +171,9 @@ def live(batches, title):
         yield batch
         if sys.stdout.isatty() and i % 10 == 0:
             rate = i / (time.perf_counter() - start)
-            print(f"{title}  step {i}/{len(batches)}  {rate:.1f} steps/s", end="\r", flush=True)
+            line = f"{title}  step {i}/{len(batches)}  {rate:.1f} steps/s"
+            width = shutil.get_terminal_size().columns - 1  # a longer line would not overwrite
+            print(line[-width:], end="\r", flush=True)
 
 
 # ---- files
@@ -249,15 +254,15 @@ def parser():
     flag("--bn", action="store_true", help="batch norm after every conv, not only the first")
     flag("--residual", action="store_true", help="add each block's input to its output")
     flag("--plain-reduction", action="store_true", help="--residual, but not where the map shrinks")
-    flag("--act", choices=ACTIVATIONS, default="leaky_relu", help="everywhere")
-    flag("--init", choices=INITS, default="default", help="of the convs (see model.py)")
+    flag("--act", choices=ACTIVATIONS, default="leaky_relu", help="activation, everywhere")
+    flag("--init", choices=INITS, default="default", help="initial weights, see model.py")
     # training
     flag("--epochs", type=int, default=100, help="also the cosine's length")
     flag("--batch-size", type=int, default=100, help="a last partial batch is kept")
-    flag("--lr", type=float, default=1e-3, help="of the first epoch")
-    flag("--lr-min", type=float, default=2e-5, help="what the cosine goes down to")
-    flag("--lr-scale", type=float, default=1.0, help="multiplies both")
-    flag("--cosine", choices=["epochs", "batches"], default="epochs", help="what it counts")
+    flag("--lr", type=float, default=1e-3, help="learning rate of the first epoch")
+    flag("--lr-min", type=float, default=2e-5, help="where the cosine ends")
+    flag("--lr-scale", type=float, default=1.0, help="multiplies --lr and --lr-min")
+    flag("--cosine", choices=["epochs", "batches"], default="epochs", help="the cosine's unit")
     flag("--wd", type=float, default=0.0, help="Adam's weight decay: L2, coupled")
     flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
@@ -268,7 +273,7 @@ def parser():
     # where and how
     flag("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     flag("--out", type=Path, default="runs", help="folder of the runs")
-    flag("--name", default=None, help="this run's folder in it (default: from the settings)")
+    flag("--name", default=None, help="this run's folder in it; None: from the settings")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
     flag("--graph", action="store_true", help="on a GPU: record the network as a CUDA graph")
     flag("--fresh", action="store_true", help="start over instead of going on")
@@ -303,12 +308,15 @@ def parse_args(argv=None):
 def check_settings(run, old, settings):
     """SystemExit, status 2, if the run's old settings differ; one it lacks had its default."""
     p = parser()
-    for key in old.keys() | settings.keys():
+    differing = []
+    for key in settings | old:
         before = old.get(key, p.get_default(key))
         now = settings.get(key, "a setting that is no longer there")
         if before != now:
-            ways = "use that, another --name or --out, or --fresh"
-            p.error(f"{run} was made with {key} {before}, not {now}: {ways}")
+            differing.append(f"{key} {before}, not {now}")
+    if differing:
+        ways = "use that, another --name or --out, or --fresh"
+        p.error(f"{run} was made with {'; '.join(differing)}: {ways}")
 
 
 def main(argv=None):
@@ -324,7 +332,7 @@ def main(argv=None):
         hardware = torch.cuda.get_device_name()
         native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        torch.set_flush_denormal(True)  # weights that decayed below 1e-38 are three times slower
+        torch.set_flush_denormal(True)  # with weights below 1e-38 a step takes three times longer
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than PyTorch 2.6
         hardware = f"{cpu.get('cpu_name', 'CPU')} (threads: {torch.get_num_threads()})"
         native_bf16 = cpu.get("avx512_bf16", False)
@@ -345,10 +353,7 @@ def main(argv=None):
         sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
     except OSError as error:
         sys.exit(f"train.py: {run} cannot be written ({error.strerror}): use another --out")
-    if args.fresh:
-        for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
-            (run / file).unlink(missing_ok=True)
-    if (run / "config.json").exists():
+    if (run / "config.json").exists() and not args.fresh:
         config = json.loads((run / "config.json").read_text())
         check_settings(run, config["settings"], settings)
         if config["code"] != code:
@@ -356,8 +361,8 @@ def main(argv=None):
         if (run / "result.json").exists():
             result = json.loads((run / "result.json").read_text())
             return print(f"{args.name}: {summary(result)}; see {run}")
-    if (run / "log.csv").exists() and not (run / "last.pt").exists():
-        sys.exit(f"train.py: {run} has no last.pt to go on from: start over with --fresh")
+        if (run / "log.csv").exists() and not (run / "last.pt").exists():
+            sys.exit(f"train.py: {run} has no last.pt to go on from: start over with --fresh")
 
     # ---- data: all of it lives on the device, as three tensors of bytes
     parts = load_data(args.data, args.data_dir)
@@ -389,11 +394,14 @@ def main(argv=None):
         model.load_state_dict(before)  # recording moved batch norm's running averages
 
     # ---- start, or go on from last.pt, which holds `state`
+    if args.fresh:  # only now, when the data and the model are there
+        for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
+            (run / file).unlink(missing_ok=True)
     state = {"log": [], "grads": [], "made_by": [], "best": None, "best_model": None}
     if (run / "last.pt").exists():
         try:
             state |= torch.load(run / "last.pt", map_location=device, weights_only=True)
-        except (EOFError, RuntimeError, pickle.UnpicklingError):
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError):
             sys.exit(f"train.py: {run}/last.pt is broken: start over with --fresh")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
