@@ -26,7 +26,8 @@ METRICS = {
 }
 LOSS = ("loss", "cross-entropy")
 ACC = ("acc", "accuracy (%)")
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9 #8C6D31".split()  # for all eyes
+# Chosen to be told apart by the colour-blind.
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9 #8C6D31".split()
 
 
 # ---- any runs
@@ -150,7 +151,7 @@ def curves(groups, panels, title, path):
         axes[0, 0].plot([], [], style, color="grey", lw=1, label=label)
     axes[0, 0].legend(fontsize=8)
     if short:
-        title += f"\nnot drawn, because their runs are too short: {', '.join(short)}"
+        title += f"\nnot drawn, because their runs are too short: {'; '.join(short)}"
     figure.suptitle(title, fontsize=10, wrap=True)
     save(figure, path)
 
@@ -195,11 +196,15 @@ def gradient_flow(runs, title, path):
 
 
 def compare(folders, out):
-    """Curves, gradient flow and last figures of any runs."""
-    try:
-        runs = [read_run(folder) for folder in folders]
-    except ValueError as error:
-        sys.exit(f"plot.py: {error}; a folder of runs goes after --runs")
+    """Curves, gradient flow and last figures of any runs. What is no run is named and left out."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except ValueError as error:
+            print(f"plot.py: left out: {error}", file=sys.stderr)
+    if not runs:
+        sys.exit("plot.py: none of these is a run; a folder of the paper's runs goes after --runs")
     title = "validation and training, by epoch"
     curves([[run] for run in runs], [ACC, LOSS], title, out / "compare.png")
     title = "gradient flow: the last mini-batch of every epoch"
@@ -238,8 +243,8 @@ EXTRAS = {  # not in the paper; batch 64 is from its author's logs
     "vgg38_he": ("VGG38, He initialisation", None, None, None, None, 6),
     "vgg38_dirac": ("VGG38, Dirac initialisation", None, None, None, None, 7),
 }
-# The table that the coursework has handed out since 2021, and a student's published run of it
-# (AlexeyDronov's fork of the framework): METRICS, twice; None if left to the student, or unknown.
+# The table that the coursework has handed out since 2021 (VGG38 BN: a draft of it), and a student's
+# published run (AlexeyDronov's fork of the framework): METRICS, twice; None if there is none.
 CW21 = {
     "cw21_vgg08": ("VGG08", (51.59, 46.84, 1.74, 1.95), (51.4, 46.4, 1.747, 1.989)),
     "cw21_vgg38_bn": ("VGG38 BN", (47.13, 42.76, 1.91, 2.14), (46.0, 45.4, 1.975, 2.002)),
@@ -283,7 +288,7 @@ def read_seeds(folder, name, expected):
     """The runs of one line of sweep.sh, one a seed: of those there, the ones that got furthest.
 
     `expected`: the line's settings. A folder with others, or that cannot be read, is named and left
-    out; so are seeds whose data, precision or epochs are not the longest run's, for a mean is over
+    out; so are seeds whose epochs, data or precision are not the longest run's, for a mean is over
     equals. Diverged ones are left out if others are there, and counted.
     """
     free = {"seed", "epochs", "precision", "data", "limit"}  # what a line of sweep.sh leaves open
@@ -308,14 +313,15 @@ def read_seeds(folder, name, expected):
         paper = PAPER_LOGS / f"{name}.csv"
         run |= {"label": label, "colour": COLOURS[colour], "seed": settings["seed"]}
         run["paper"] = read_csv(paper) if paper.exists() and has_cifar100s_size(run) else None
-        run["kind"] = (settings["precision"], Path(settings["data"]).name, settings["limit"])
+        data = Path(settings["data"]).name
+        run["kind"] = (run["planned"], data, settings["limit"], settings["precision"])
         runs.append(run)
     runs.sort(key=lambda run: (-run["planned"], run["seed"]))
     for run in runs:
-        if run["planned"] == runs[0]["planned"] and run["kind"] != runs[0]["kind"]:
+        if run["kind"] != runs[0]["kind"]:
             print(f"plot.py: left out: {name}, seed {run['seed']}: {run['kind']} is not "
                   f"{runs[0]['kind']}", file=sys.stderr)
-    runs = [r for r in runs if (r["planned"], r["kind"]) == (runs[0]["planned"], runs[0]["kind"])]
+    runs = [run for run in runs if run["kind"] == runs[0]["kind"]]
     whole = [run for run in runs if not run["diverged"]]
     if not whole:
         return runs
@@ -453,7 +459,8 @@ def main(argv=None):
         return compare(args.folders, args.out)
     found = read_all(args.runs)
     if not any(found.values()):
-        sys.exit(f"plot.py: {args.runs}/ has none of the paper's runs: bash sweep.sh makes them")
+        sys.exit(f"plot.py: {args.runs}/ has none of the paper's runs: bash sweep.sh makes them; "
+                 "for any others name their folders: python plot.py RUN ...")
     flows = [found[name][0] for name in ("vgg08", "vgg38", "vgg38_rn") if found[name]]
     if flows:
         title = "Figure 1: gradient flow, last mini-batch of every epoch (grey: where a stage ends)"
