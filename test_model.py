@@ -141,10 +141,9 @@ def test_plain_reduction_has_no_skip_where_the_map_shrinks():
     assert torch.equal(ordinary(x), x) and not reduction(x).any()
 
 
-def test_model_refuses_what_it_cannot_build():
-    for wrong in ({"stages": 6}, {"stages": 0}, {"blocks": -1}, {"act": "x"}, {"init": "x"}):
-        with pytest.raises(ValueError, match=list(wrong)[0]):
-            VGG(**{"stages": 3, "blocks": 1, **wrong})
+def test_an_unknown_init_is_refused():
+    with pytest.raises(ValueError, match="init must be one of"):
+        VGG(stages=1, blocks=0, init="x")
 
 
 # ---- train.py: its parts
@@ -190,7 +189,7 @@ def test_augmentation_is_pad_crop_flip():
     out = train.augment(padded, plan)
     assert out.dtype == torch.uint8 and sorted(plan[0].tolist()) == list(range(n))
     seen = {}
-    for i, (source, row, column, flip) in enumerate(plan.T.tolist()):
+    for i, (source, row, column, flip) in enumerate(plan[:4].T.tolist()):
         crop = padded[source, :, row : row + 32, column : column + 32]
         assert torch.equal(out[i], crop.flip(2) if flip else crop)
         seen[row, column, flip] = seen.get((row, column, flip), 0) + 1
@@ -263,7 +262,7 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
         losses, hits = [], []
         for start in range(0, 285, 40):
             crops = []
-            for i, row, column, flip in plan[:, start : start + 40].T.tolist():
+            for i, row, column, flip in plan[:4, start : start + 40].T.tolist():
                 crop = F.pad(images[i], [4] * 4)[:, row : row + 32, column : column + 32]
                 crops.append(crop.flip(2) if flip else crop)
             logits = model(train.normalise(torch.stack(crops)))
@@ -390,7 +389,12 @@ def test_diverged_is_a_result(npz, tmp_path):
 def test_limit_and_no_augment(npz, tmp_path, monkeypatch, capsys):
     plans = []
     augment = train.augment
-    monkeypatch.setattr(train, "augment", lambda x, plan: plans.append(plan) or augment(x, plan))
+
+    def spy(padded, plan, *more):
+        plans.append(plan)
+        return augment(padded, plan, *more)
+
+    monkeypatch.setattr(train, "augment", spy)
     train.main(flags("--epochs 1 --limit 50 --no-augment", npz, tmp_path))
     assert "50 training, 15 validation, 50 test images" in capsys.readouterr().out
     assert [plan.shape[1] for plan in plans] == [40, 10]
@@ -401,7 +405,7 @@ def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path, capsys):
     train.main(flags("--epochs 1 --wd 1e-3", npz, tmp_path))
     before = (tmp_path / "a/last.pt").read_bytes()
     assert refused(flags("--epochs 1", npz, tmp_path)) == 2
-    assert "was made with wd 0.001, not 0.0" in capsys.readouterr().err
+    assert "was made with wd 0.001, not 0.0: use that" in capsys.readouterr().err
     assert (tmp_path / "a/last.pt").read_bytes() == before
     train.main(flags("--epochs 1 --fresh", npz, tmp_path))
     assert read_json(tmp_path / "a/config.json")["settings"]["wd"] == 0
@@ -420,8 +424,8 @@ def test_a_new_flag_disowns_no_earlier_run_and_a_lost_one_does(npz, tmp_path, ca
     assert "made with wd 0.0, not 1.0" in capsys.readouterr().err
     config["settings"]["dropout"] = 0.5  # a fork's, which is no longer there
     path.write_text(json.dumps(config))
-    assert refused(flags("--epochs 1", npz, tmp_path)) == 2
-    assert "made with dropout 0.5" in capsys.readouterr().err
+    assert refused(flags("--epochs 1 --wd 1", npz, tmp_path)) == 2
+    assert "made with wd 0.0, not 1.0; dropout 0.5" in capsys.readouterr().err
 
 
 def test_made_by_names_every_code_that_trained(npz, tmp_path, monkeypatch, capsys):
@@ -467,6 +471,7 @@ def test_broken_data_is_one_line(npz, tmp_path):
         "keys": {"images": data["train_images"]},
         "length": {**data, "test_labels": data["test_labels"][:-1]},
         "absurd": {**data, "test_labels": np.full(100, 2**31)},
+        "few": {key: array[:19] for key, array in data.items()},
         "negative": {**data, "train_labels": data["train_labels"] - 1},
         "objects": {**data, "test_labels": np.array([None] * 100)},
     }
@@ -500,7 +505,7 @@ def test_broken_runs_are_one_line(npz, tmp_path):
     train.main(flags("--epochs 2", npz, tmp_path))
     (run / "result.json").unlink()
     whole = (run / "last.pt").read_bytes()
-    for broken in (whole[:1000], b"", b"PK" + whole[2:3000]):
+    for broken in (whole[:1000], whole[: len(whole) // 4], b"", b"PK" + whole[2:3000]):
         (run / "last.pt").write_bytes(broken)
         assert "--fresh" in refused(flags("--epochs 2", npz, tmp_path))
         assert (run / "last.pt").read_bytes() == broken
@@ -579,6 +584,11 @@ def test_sweep_has_the_papers_runs():
             assert bn and settings[name]["residual"]
 
 
+def test_sweep_started_with_sh_becomes_bash():
+    text = subprocess.check_output(["sh", HERE / "sweep.sh", "--help"], text=True)
+    assert text.startswith("Every run of the paper") and "--list" in text
+
+
 def test_sweep_runs_the_papers_runs_and_names_the_failed(sweep):
     code = 'case "$*" in *"--name vgg38_bn --"*) exit 1 ;; esac'
     status, out, err = ended(sweep(code=code))
@@ -602,8 +612,8 @@ def test_a_slurm_task_is_a_line_of_the_list(sweep):
 
 
 @pytest.mark.parametrize("kill, jobs", [(signal.SIGTERM, "1"), (signal.SIGHUP, "2")])
-def test_sweep_that_is_ended_ends_its_runs_and_starts_no_more(sweep, tmp_path, kill, jobs):
-    code = f"trap 'echo last words; exit 130' TERM; sleep 30 & wait; touch '{tmp_path}/ended'"
+def test_sweep_that_is_ended_ends_its_runs_and_starts_no_more(sweep, kill, jobs):
+    code = "trap 'echo last words; exit 130' TERM; sleep 30 >/dev/null 2>&1 & wait"
     process = sweep("vgg08", "vgg38", "vgg68", code=code, JOBS=jobs)
     while "--name" not in process.stdout.readline():
         pass
@@ -721,14 +731,17 @@ def test_compare_any_runs(runs, tmp_path, capsys):
     assert "val acc %" in out and f"{tmp_path}/other/vgg08" in out
 
 
-def test_what_is_no_run_is_one_line(runs, tmp_path):
+def test_what_is_no_run_is_named_and_left_out(runs, tmp_path, capsys):
     log = (runs / "vgg08/log.csv").read_text()
     (runs / "vgg08/log.csv").write_text(log.replace("train_acc", "accuracy"))  # a fork's
     (runs / "vgg38/log.csv").write_text("epoch,lr\n1,x\n")
-    for folder in (runs, runs / "none", runs / "vgg08", runs / "vgg38"):
-        with pytest.raises(SystemExit) as stop:
-            plot.main([str(folder), "--out", str(tmp_path / "out")])
-        assert str(folder) in stop.value.code and "\n" not in stop.value.code
+    broken = [str(folder) for folder in (runs, runs / "none", runs / "vgg08", runs / "vgg38")]
+    with pytest.raises(SystemExit, match="none of these is a run"):
+        plot.main([*broken, "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(folder in line for folder, line in zip(broken, lines))
+    plot.main([*broken, str(runs / "vgg08-seed1"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/compare.png").exists()
 
 
 @pytest.fixture
