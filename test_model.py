@@ -509,6 +509,9 @@ def test_broken_runs_are_one_line(npz, tmp_path):
         (run / "last.pt").write_bytes(broken)
         assert "--fresh" in refused(flags("--epochs 2", npz, tmp_path))
         assert (run / "last.pt").read_bytes() == broken
+    (run / "last.pt").write_bytes(whole)
+    refused(flags("--epochs 2 --fresh", tmp_path / "none.npz", tmp_path))
+    assert (run / "last.pt").read_bytes() == whole  # --fresh had nothing to start over with
     log = (run / "log.csv").read_bytes()
     (run / "last.pt").unlink()
     assert "--fresh" in refused(flags("--epochs 2", npz, tmp_path))
@@ -718,6 +721,10 @@ def test_seeds_with_other_data_are_not_averaged(runs, capsys):
     edit(runs / "vgg08-seed1/config.json", settings=settings | {"data": "other.npz"})
     assert [run["seed"] for run in seeds(runs)] == [0, 2]
     assert "left out: vgg08, seed 1" in capsys.readouterr().err
+    settings = read_json(runs / "vgg08-seed2/config.json")["settings"]
+    edit(runs / "vgg08-seed2/config.json", settings=settings | {"epochs": 1})  # a shorter one
+    assert [run["seed"] for run in seeds(runs)] == [0]
+    assert "left out: vgg08, seed 2" in capsys.readouterr().err
 
 
 def test_compare_any_runs(runs, tmp_path, capsys):
