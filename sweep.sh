@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run of the paper. Finished ones are skipped, interrupted ones go on, failed ones are named.
+# Every run of the paper. Finished ones are skipped, interrupted ones resume, failed ones are named.
 #   bash sweep.sh                         the paper's 16 runs, one after another
 #   bash sweep.sh --list                  every run's name and flags
 #   bash sweep.sh vgg08 vgg106            some of them; the extras run only when named

@@ -343,7 +343,7 @@ def start(args, out):
     return process
 
 
-def test_killed_and_continued_is_the_same(npz, tmp_path):
+def test_killed_and_resumed_is_the_same(npz, tmp_path):
     text = "--bn --blocks 2 --epochs 20 --wd 1e-3"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(flags(text, npz, whole))
@@ -373,7 +373,7 @@ def test_ctrl_c_and_a_clusters_kill_say_how_to_go_on(npz, tmp_path, kill):
     process = start(flags("--epochs 1000", npz, tmp_path), tmp_path)
     process.send_signal(kill)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "without --fresh) goes on" in err
+    assert process.returncode == 130 and "without --fresh) resumes" in err
     assert "Traceback" not in err
 
 
@@ -528,13 +528,13 @@ def test_a_bug_is_a_traceback(tmp_path, monkeypatch):
                 train.main([*TINY, "--data", "synthetic", "--out", str(tmp_path), "--name", "a"])
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(npz, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_resumes(npz, tmp_path):
     def full():  # config.json fits, last.pt does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     line = [sys.executable, HERE / "train.py", *flags("--epochs 3", npz, tmp_path)]
     failed = subprocess.run(line, stderr=subprocess.PIPE, text=True, preexec_fn=full)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "goes on" in failed.stderr
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "resumes" in failed.stderr
     assert not list((tmp_path / "a").glob("*.tmp"))
     shutil.rmtree(tmp_path / "a")
     train.main(flags("--epochs 3", npz, tmp_path))

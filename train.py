@@ -2,7 +2,7 @@
 
 The file reads top to bottom: data, augmentation, schedule, evaluation, files, flags, and main(),
 which has the training loop. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
-result.json}; if it was interrupted, the same command goes on from last.pt.
+result.json}; if it was interrupted, the same command resumes from last.pt.
 """
 import argparse
 import copy
@@ -30,7 +30,7 @@ from model import ACTIVATIONS, INITS, VGG
 
 MEAN = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, as in the paper's framework
 STD = (0.2023, 0.1994, 0.2010)
-GOES_ON = "the same command (without --fresh) goes on after the last whole epoch"
+RESUMES = "the same command (without --fresh) resumes after the last whole epoch"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -193,7 +193,7 @@ def write(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path} ({error.strerror}); once it can, {GOES_ON}")
+        sys.exit(f"train.py: cannot write {path} ({error.strerror}); once it can, {RESUMES}")
 
 
 def csv_text(rows):
@@ -239,7 +239,7 @@ def parser():
     """All flags.
 
     A flag is a setting, which a run's figures depend on, unless NO_SETTINGS names it. A setting is
-    recorded in config.json and in the default name, and a run does not go on with another value.
+    recorded in config.json and in the default name, and a run does not resume with another value.
     """
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -276,7 +276,7 @@ def parser():
     flag("--name", default=None, help="this run's folder in it; None: from the settings")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
     flag("--graph", action="store_true", help="on a GPU: record the network as a CUDA graph")
-    flag("--fresh", action="store_true", help="start over instead of going on")
+    flag("--fresh", action="store_true", help="start over instead of resuming")
     return p
 
 
@@ -362,7 +362,7 @@ def main(argv=None):
             result = json.loads((run / "result.json").read_text())
             return print(f"{args.name}: {summary(result)}; see {run}")
         if (run / "log.csv").exists() and not (run / "last.pt").exists():
-            sys.exit(f"train.py: {run} has no last.pt to go on from: start over with --fresh")
+            sys.exit(f"train.py: {run} has no last.pt to resume from: start over with --fresh")
 
     # ---- data: all of it lives on the device, as three tensors of bytes
     parts = load_data(args.data, args.data_dir)
@@ -393,7 +393,7 @@ def main(argv=None):
             graphed = torch.cuda.make_graphed_callables(copy.copy(model), (sample,))
         model.load_state_dict(before)  # recording moved batch norm's running averages
 
-    # ---- start, or go on from last.pt, which holds `state`
+    # ---- start, or resume from last.pt, which holds `state`
     if args.fresh:  # only now, when the data and the model are there
         for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
             (run / file).unlink(missing_ok=True)
@@ -407,7 +407,7 @@ def main(argv=None):
         optimizer.load_state_dict(state["optimizer"])
     log, grads = state["log"], state["grads"]
     maker = f"{hardware}, {settings['precision']}, torch {torch.__version__}, {commit} {code}"
-    if maker not in state["made_by"]:  # there are more if a run goes on elsewhere, or edited
+    if maker not in state["made_by"]:  # several if a run resumed elsewhere, or edited
         state["made_by"].append(maker)
     config = {
         "name": args.name, "layers": model.num_layers, "parameters": parameters,
@@ -426,7 +426,7 @@ def main(argv=None):
         if diverged(log):
             break
         start = time.perf_counter()
-        # Seeded anew in every epoch, so that a run that goes on draws what it would have drawn.
+        # Seeded anew in every epoch, so that a resumed run draws what it would have drawn.
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         plans = draw(n, device)
         if args.no_augment:
@@ -470,7 +470,7 @@ def main(argv=None):
             write(run / "best.pt", state["best_model"])
         write(run / "log.csv", csv_text(log))
         write(run / "grads.csv", csv_text(grads))
-        # After the others, because a run goes on from it: a kill before it repeats this epoch.
+        # After the others, because a run resumes from it: a kill before it repeats this epoch.
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write(run / "last.pt", state)
         left = log[-1]["seconds"] * (args.epochs - epoch - 1) / 60
@@ -502,5 +502,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\ntrain.py: interrupted; {GOES_ON}", file=sys.stderr)
+        print(f"\ntrain.py: interrupted; {RESUMES}", file=sys.stderr)
         sys.exit(130)
