@@ -369,7 +369,7 @@ def test_killed_and_resumed_is_the_same(npz, tmp_path):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_clusters_kill_say_how_to_go_on(npz, tmp_path, kill):
+def test_ctrl_c_and_a_clusters_kill_say_how_to_resume(npz, tmp_path, kill):
     process = start(flags("--epochs 1000", npz, tmp_path), tmp_path)
     process.send_signal(kill)
     _, err = process.communicate(timeout=60)
@@ -664,6 +664,12 @@ def edit(path, **changes):
     path.write_text(json.dumps(read_json(path) | changes))
 
 
+def edit_settings(run, **changes):
+    """Changes settings in a run's config.json."""
+    path = run / "config.json"
+    edit(path, settings=read_json(path)["settings"] | changes)
+
+
 def seeds(runs):
     return plot.read_seeds(runs, "vgg08", plot.sweep_settings()["vgg08"])
 
@@ -707,8 +713,7 @@ def test_a_run_that_is_not_its_folders_name_is_named_and_left_out(runs, capsys):
     (runs / "vgg08-seed1/config.json").write_text("{")
     shutil.copytree(runs / "vgg08", runs / "vgg08-seed3")  # seed 0 once more
     shutil.copytree(runs / "vgg08", runs / "vgg08-seed1_old")  # no seed's name
-    settings = read_json(runs / "vgg08-seed2/config.json")["settings"]
-    edit(runs / "vgg08-seed2/config.json", settings=settings | {"wd": 0.01})
+    edit_settings(runs / "vgg08-seed2", wd=0.01)
     assert [run["seed"] for run in seeds(runs)] == [0]
     left_out = capsys.readouterr().err
     assert left_out.count("\n") == 3 and "vgg08-seed1 is no run" in left_out
@@ -717,12 +722,10 @@ def test_a_run_that_is_not_its_folders_name_is_named_and_left_out(runs, capsys):
 
 
 def test_seeds_with_other_data_are_not_averaged(runs, capsys):
-    settings = read_json(runs / "vgg08-seed1/config.json")["settings"]
-    edit(runs / "vgg08-seed1/config.json", settings=settings | {"data": "other.npz"})
+    edit_settings(runs / "vgg08-seed1", data="other.npz")
     assert [run["seed"] for run in seeds(runs)] == [0, 2]
     assert "left out: vgg08, seed 1" in capsys.readouterr().err
-    settings = read_json(runs / "vgg08-seed2/config.json")["settings"]
-    edit(runs / "vgg08-seed2/config.json", settings=settings | {"epochs": 1})  # a shorter one
+    edit_settings(runs / "vgg08-seed2", epochs=1)  # a shorter one
     assert [run["seed"] for run in seeds(runs)] == [0]
     assert "left out: vgg08, seed 2" in capsys.readouterr().err
 
