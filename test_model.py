@@ -541,15 +541,20 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(npz, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph_trains_as_eager_steps_do(npz, tmp_path):
+def test_recorded_steps_train_as_eager_steps_do(npz, tmp_path):
     text = "--blocks 1 --bn --residual --batch-size 40 --epochs 4 --precision fp32 --device cuda"
-    for name in ("graph", "eager"):
-        args = [*text.split(), "--data", str(npz), "--out", str(tmp_path), "--name", name]
-        train.main([*args, "--graph"] if name == "graph" else args)
-    for file, column in (("log.csv", "train_loss"), ("grads.csv", "conv"), ("grads.csv", "linear")):
-        graph = [float(row[column]) for row in rows(tmp_path / "graph" / file)]
-        eager = [float(row[column]) for row in rows(tmp_path / "eager" / file)]
-        np.testing.assert_allclose(graph, eager, rtol=0.02 if file == "log.csv" else 0.2)
+    ways = {"graph": [], "again": [], "eager": ["--no-graph"], "compiled": ["--compile"]}
+    for name, flag in ways.items():
+        args = [*text.split(), *flag, "--data", str(npz), "--out", str(tmp_path), "--name", name]
+        train.main(args)
+    files = ("log.csv", "train_loss"), ("grads.csv", "conv"), ("grads.csv", "linear")
+    for file, column in files:
+        graph, again, *others = [
+            [float(row[column]) for row in rows(tmp_path / name / file)] for name in ways
+        ]
+        assert graph == again
+        for other in others:
+            np.testing.assert_allclose(graph, other, rtol=0.02 if file == "log.csv" else 0.2)
 
 
 # ---- sweep.sh
