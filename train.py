@@ -164,31 +164,6 @@ def evaluate(model, images, labels, autocast):
     return total / len(labels)
 
 
-def record(step, x, y, optimizer):
-    """step(x, y) as a CUDA graph: a function of tensors of the same shapes.
-
-    A GPU needs less time for the 700 kernels of a step than Python for launching them one by one;
-    a graph launches them at once. What step does in Python stays as it was when it was recorded.
-    """
-    x, y = x.clone(memory_format=torch.preserve_format), y.clone()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch asks for a few steps before
-        for _ in range(3):
-            step(x, y)
-    optimizer.zero_grad()  # so that the recorded backward pass creates the gradients it writes to
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # it waits for the device
-        figures = step(x, y)
-
-    def replay(new_x, new_y):
-        x.copy_(new_x)
-        y.copy_(new_y)
-        graph.replay()
-        return figures
-
-    return replay
-
-
 def live(batches, title):
     """The batches; on a terminal, a line that overwrites itself says how far they are."""
     start = time.perf_counter()
@@ -199,6 +174,33 @@ def live(batches, title):
             line = f"{title}  step {i}/{len(batches)}  {rate:.1f} steps/s"
             width = shutil.get_terminal_size().columns - 1  # a longer line would not overwrite
             print(line[-width:], end="\r", flush=True)
+
+
+# ---- CUDA graph
+def record(step, x, y, optimizer):
+    """step(x, y), recorded as a CUDA graph: a function of new x and y of the same shapes.
+
+    A step's 700 kernels run faster than Python launches them one by one; a graph launches them all
+    at once. It repeats what the GPU did, not what Python did: a random number of Python or NumPy
+    in `step` would never change again (PyTorch's do), and one read back from the GPU is an error.
+    """
+    x, y = x.clone(), y.clone()  # the memory that the graph reads
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch wants a few steps first, set apart
+        for _ in range(3):
+            step(x, y)
+    optimizer.zero_grad()  # so that recording creates the gradients' memory anew, for the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # this waits for the device
+        figures = step(x, y)
+
+    def replay(new_x, new_y):
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        return figures
+
+    return replay
 
 
 # ---- files
@@ -257,7 +259,8 @@ def summary(result):
 
 # ---- flags
 
-NO_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "compile", "fresh")  # where and how a run runs
+# Where and how a run runs:
+NO_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "compile", "fresh")
 
 
 def parser():
@@ -300,8 +303,9 @@ def parser():
     flag("--out", type=Path, default="runs", help="folder of the runs")
     flag("--name", default=None, help="this run's folder in it; None: from the settings")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
-    flag("--no-graph", action="store_true", help="on a GPU: launch a step's kernels one by one")
-    flag("--compile", action="store_true", help="on a GPU: fuse the blocks' kernels, with gcc")
+    how = p.add_mutually_exclusive_group().add_argument
+    how("--no-graph", action="store_true", help="on a GPU: no CUDA graph of the step, see record()")
+    how("--compile", action="store_true", help="on a GPU: fuse kernels first; needs Triton and gcc")
     flag("--fresh", action="store_true", help="start over instead of resuming")
     return p
 
@@ -350,7 +354,7 @@ def main(argv=None):
     args, settings = parse_args(argv)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if (args.device == "cuda" or args.compile) and not cuda:
-        parser().error("--device cuda and --compile need a GPU, and PyTorch sees none")
+        parser().error("--device cuda and --compile need a GPU that PyTorch sees")
     device = torch.device("cuda" if cuda else "cpu")
     if cuda:
         torch.backends.cudnn.deterministic = True  # the same seed gives the same bits
@@ -412,28 +416,6 @@ def main(argv=None):
         model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True
     )
 
-    def forward_backward(x, y):
-        """A batch's loss and accuracy, a (2,) tensor; adds its gradients to each .grad."""
-        with autocast:
-            logits = model(x).float()
-        loss = F.cross_entropy(logits, y)
-        loss.backward()
-        accuracy = 100 * (logits.argmax(1) == y).float().mean()
-        return torch.stack([loss.detach(), accuracy])
-
-    step = forward_backward
-    if cuda and not args.no_graph:
-        if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # of the shapes that a block meets
-            for block in model.blocks:
-                block.compile(dynamic=False)
-        before = copy.deepcopy(model.state_dict())
-        sample = normalise(images[: args.batch_size]), labels[: args.batch_size]
-        step = record(forward_backward, *sample, optimizer)
-        model.load_state_dict(before)  # recording moved batch norm's running averages
-        if args.compile:
-            torch.compiler.set_stance("force_eager")  # for all but the recorded step
-
     # ---- start, or resume from last.pt, which holds `state`
     if args.fresh:  # only now, when the data and the model are there
         for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
@@ -461,6 +443,29 @@ def main(argv=None):
     sizes = f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images"
     print(f"{args.name}: {sizes}; {steps} steps an epoch, {len(log)} epochs done; {maker}")
 
+    # ---- step
+    def forward_backward(x, y):
+        """A batch's loss and accuracy in %, a (2,) tensor; its gradients are added to .grad."""
+        with autocast:
+            logits = model(x).float()
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        accuracy = 100 * (logits.argmax(1) == y).float().mean()
+        return torch.stack([loss.detach(), accuracy])
+
+    step = forward_backward
+    if cuda and not args.no_graph:
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # one for each kind of block and map size
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        before = copy.deepcopy(model.state_dict())
+        sample = normalise(images[: args.batch_size]), labels[: args.batch_size]
+        step = record(forward_backward, *sample, optimizer)
+        model.load_state_dict(before)  # recording moved batch norm's running averages
+        if args.compile:
+            torch.compiler.set_stance("force_eager")  # what is not recorded runs as it is
+
     # ---- loop
     lr_max, lr_min = args.lr * args.lr_scale, args.lr_min * args.lr_scale
     for epoch in range(len(log), args.epochs):
@@ -483,9 +488,9 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             x, y = normalise(augment(padded, plan)), labels[plan[0]]
-            optimizer.zero_grad(set_to_none=False)  # in place, because a graph writes there
-            full = len(y) == args.batch_size  # the last batch may be smaller
-            totals += step(x, y) if full else forward_backward(x, y)
+            optimizer.zero_grad(set_to_none=False)  # a recorded step writes to the same memory
+            whole = len(y) == args.batch_size  # the last batch can be smaller than the recorded one
+            totals += step(x, y) if whole else forward_backward(x, y)
             optimizer.step()
 
         flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()
