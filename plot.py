@@ -116,7 +116,7 @@ def curves(groups, panels, title, path):
     drawn = [runs for runs in groups if 4 * runs[0]["planned"] >= longest]
     short = [runs[0]["label"] for runs in groups if 4 * runs[0]["planned"] < longest]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(6.4 * len(panels), 5.4), squeeze=False, layout="constrained"
     )
     wheel = COLOURS
     if len(drawn) > len(wheel):
@@ -149,7 +149,8 @@ def curves(groups, panels, title, path):
         styles |= {"paper, validation": "--", "paper, training": "-."}
     for label, style in styles.items():
         axes[0, 0].plot([], [], style, color="grey", lw=1, label=label)
-    axes[0, 0].legend(fontsize=8)
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=2 * len(panels), fontsize=8)
     if short:
         title += f"\nnot drawn, because their runs are too short: {'; '.join(short)}"
     figure.suptitle(title, fontsize=10, wrap=True)
