@@ -69,6 +69,7 @@ train=$(dirname "$0")/train.py
 if [ "$JOBS" -gt 1 ]; then  # each gets its share of the cores
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
+  export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
 fi
 
 pids=()

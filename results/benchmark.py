@@ -8,7 +8,7 @@ train.py      its own loop: steps_per_s of its log.csv, in an epoch that is not 
 conventional  torchvision transforms on PIL images, a DataLoader with 2 workers, float32, NCHW,
               plain Adam, loss.item() every step
 bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no
-              augmentation, no figures
+              augmentation, no figures; on a GPU without a CUDA graph
 
 Also: evaluation and files as a share of a 475-step epoch, and peak memory.
 """
