@@ -423,7 +423,7 @@ def table_of_origins(found):
     for run in [run for runs in found.values() for run in runs]:
         minutes = f"{run['log'].get('seconds', nothing).sum() / 60:.0f}"
         rate = f"{np.median(run['log'].get('steps_per_s', nothing)):.1f}"
-        made_by = "; then ".join((run["result"] or {}).get("made_by", ["not finished"]))
+        made_by = "; then ".join((run["result"] or run["config"]).get("made_by", []))
         epochs = f"{run['done']} of {run['planned']}"
         rows.append([f"`{run['config']['command']}`", made_by, epochs, minutes, rate])
     header = ["command", "made by", "epochs", "minutes", "steps a second"]

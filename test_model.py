@@ -437,6 +437,7 @@ def test_made_by_names_every_code_that_trained(npz, tmp_path, monkeypatch, capsy
     train.main(flags("--epochs 1", npz, tmp_path))
     first, second = read_json(tmp_path / "a/result.json")["made_by"]
     assert torch.__version__ in first and second.endswith("c0ffee changed")
+    assert read_json(tmp_path / "a/config.json")["made_by"] == [first, second]
 
 
 def test_default_names_differ_when_settings_do():

@@ -435,7 +435,7 @@ def main(argv=None):
     config = {
         "name": args.name, "layers": model.num_layers, "parameters": parameters,
         "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
-        "code": code, "settings": settings, "steps_per_epoch": steps,
+        "code": code, "settings": settings, "steps_per_epoch": steps, "made_by": state["made_by"],
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
     print(f"{args.name}: {model.num_layers} layers, {parameters:,} parameters, {classes} classes")
