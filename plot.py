@@ -100,7 +100,7 @@ def caption(runs):
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # as wide as the longest legend
     plt.close(figure)
     print(f"wrote {path}")
 
