@@ -118,7 +118,7 @@ def conventional():
 
 def bare():
     if GPU:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.deterministic = True
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
