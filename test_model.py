@@ -1,4 +1,4 @@
-"""pytest -q: two to three minutes on two cores, no network, no data set."""
+"""pytest -q: a few minutes on two cores, no network, no data set."""
 
 import csv
 import json
@@ -126,7 +126,7 @@ def test_plain_vgg38_vanishes_and_resnet_does_not():
 def test_dirac_starts_every_block_as_the_identity():
     model = VGG(stages=2, blocks=1, init="dirac")
     x = torch.rand(2, 32, 8, 8)  # not negative: leaky ReLU passes it on
-    torch.testing.assert_close(model.blocks(x.clone()), F.avg_pool2d(x, 4))
+    torch.testing.assert_close(model.blocks(x), F.avg_pool2d(x, 4))
 
 
 def test_plain_reduction_has_no_skip_where_the_map_shrinks():
@@ -453,7 +453,7 @@ def test_default_names_differ_when_settings_do():
 
 WRONG = (
     "--stages 6|--blocks -1|--epochs 0|--batch-size x|--lr nan|--lr inf|--wd -1|--seed -1|"
-    "--act x|--init x|--nonsense|--data x|--name a/b|--name ..|--device mps|--precision fp16"
+    "--act x|--init x|--nonsense|--data x|--device mps|--precision fp16"
 ).split("|")
 
 
@@ -471,8 +471,6 @@ def test_broken_data_is_one_line(npz, tmp_path):
         "shape": {**data, "train_images": data["train_images"][:, :16]},
         "keys": {"images": data["train_images"]},
         "length": {**data, "test_labels": data["test_labels"][:-1]},
-        "absurd": {**data, "test_labels": np.full(100, 2**31)},
-        "few": {key: array[:19] for key, array in data.items()},
         "negative": {**data, "train_labels": data["train_labels"] - 1},
         "objects": {**data, "test_labels": np.array([None] * 100)},
     }
@@ -513,10 +511,6 @@ def test_broken_runs_are_one_line(npz, tmp_path):
     (run / "last.pt").write_bytes(whole)
     refused(flags("--epochs 2 --fresh", tmp_path / "none.npz", tmp_path))
     assert (run / "last.pt").read_bytes() == whole  # --fresh had nothing to start over with
-    log = (run / "log.csv").read_bytes()
-    (run / "last.pt").unlink()
-    assert "--fresh" in refused(flags("--epochs 2", npz, tmp_path))
-    assert (run / "log.csv").read_bytes() == log
     train.main(flags("--epochs 2 --fresh", npz, tmp_path))
 
 
@@ -537,12 +531,11 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(npz, tmp_path):
     failed = subprocess.run(line, stderr=subprocess.PIPE, text=True, preexec_fn=full)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "resumes" in failed.stderr
     assert not list((tmp_path / "a").glob("*.tmp"))
-    shutil.rmtree(tmp_path / "a")
     train.main(flags("--epochs 3", npz, tmp_path))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recorded_steps_train_as_eager_steps_do(npz, tmp_path):
+def test_a_cuda_graph_trains_as_eager_steps_do(npz, tmp_path):
     text = "--blocks 1 --bn --residual --batch-size 40 --epochs 4 --precision fp32 --device cuda"
     ways = {"graph": [], "again": [], "eager": ["--no-graph"]}
     if shutil.which("gcc"):
@@ -739,9 +732,8 @@ def test_seeds_with_other_data_are_not_averaged(runs, capsys):
 
 
 def test_compare_any_runs(runs, tmp_path, capsys):
-    shutil.copytree(runs / "vgg08", tmp_path / "_a $b$")
     shutil.copytree(runs / "vgg08", tmp_path / "other/vgg08")
-    names = [runs / "vgg08", runs / "vgg38", tmp_path / "_a $b$", tmp_path / "other/vgg08"]
+    names = [runs / "vgg08", runs / "vgg38", tmp_path / "other/vgg08"]
     plot.main([*map(str, names), "--out", str(tmp_path / "out")])
     drawn = {f.name for f in (tmp_path / "out").iterdir()}
     assert drawn == {"compare.png", "compare_gradients.png"}
@@ -768,15 +760,6 @@ def drawn(monkeypatch):
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
     return kept
-
-
-def test_short_runs_are_named_not_drawn(runs, drawn):
-    short, long = plot.read_run(runs / "vgg38"), plot.read_run(runs / "vgg08")
-    short["label"] = "a short one"
-    long["planned"] = 100
-    plot.curves([[short], [long]], [plot.LOSS], "", None)
-    labels = drawn[0].axes[0].get_legend_handles_labels()[1]
-    assert len(labels) == 3 and "a short one" in drawn[0].get_suptitle()
 
 
 def test_a_vanished_gradient_is_seen(runs, drawn):

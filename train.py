@@ -77,11 +77,9 @@ def as_tensors(images, labels, source):
     labels = np.asarray(labels)
     good_images = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
     good_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    enough = images.size >= 20 * 32 * 32 * 3  # of 20 images one is for validation
-    if not (good_images and good_labels and enough and 0 <= labels.min() <= labels.max() < 10_000):
+    if not (good_images and good_labels and labels.min() >= 0):
         sys.exit(f"train.py: {source} cannot be used: it has {images.dtype} {images.shape} images, "
-                 "not 20 or more of uint8 (N, 32, 32, 3), or labels that are not N integers from "
-                 "0 to 9,999")
+                 "not uint8 (N, 32, 32, 3), or labels that are not N integers from 0")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -164,7 +162,7 @@ def evaluate(model, images, labels, autocast):
     return total / len(labels)
 
 
-def live(batches, title):
+def progress(batches, title):
     """The batches; on a terminal, a line that overwrites itself says how far they are."""
     start = time.perf_counter()
     for i, batch in enumerate(batches, 1):
@@ -177,30 +175,31 @@ def live(batches, title):
 
 
 # ---- CUDA graph
-def record(step, x, y, optimizer):
-    """step(x, y), recorded as a CUDA graph: a function of new x and y; other sizes go to `step`.
+def capture(step, x, y, optimizer):
+    """step(x, y), captured as a CUDA graph, and then replayed on any x and y of the same shapes.
 
     A step's 700 kernels run faster than Python launches them one by one; a graph launches them all
-    at once. It repeats what the GPU did, not what Python did: a random number of Python or NumPy
-    in `step` would never change again (PyTorch's do), and one read back from the GPU is an error.
+    at once. It repeats what the GPU did, and Python no longer runs: an `if`, a hook or a number of
+    Python (a random one, the epoch) stays as it was, and .item() or print() of a tensor is an
+    error. PyTorch's random numbers on the GPU do change. A smaller batch runs `step` itself.
     """
     x, y = x.clone(), y.clone()  # the memory that the graph reads
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch wants a few steps first, set apart
+    with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch asks for warm-up steps on another stream
         for _ in range(3):
             step(x, y)
-    optimizer.zero_grad()  # so that recording creates the gradients' memory anew, for the graph
+    optimizer.zero_grad()  # without gradients, so that capturing allocates them for the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # this waits for the device
-        figures = step(x, y)
+        metrics = step(x, y)
 
     def replay(new_x, new_y):
-        if len(new_y) != len(y):  # the last batch can be smaller
+        if len(new_y) != len(y):  # the epoch's last batch can be smaller
             return step(new_x, new_y)
         x.copy_(new_x)
         y.copy_(new_y)
         graph.replay()
-        return figures
+        return metrics.clone()  # the next replay overwrites it
 
     return replay
 
@@ -211,7 +210,7 @@ def write(path, content):
 
     content: text, or what torch.save takes. SystemExit with one line if the disk is full.
     """
-    buffer = io.BytesIO()  # torch.save itself does not say OSError when a disk is full
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises no OSError
     if isinstance(content, str):
         buffer.write(content.encode())
     else:
@@ -234,7 +233,7 @@ def csv_text(rows):
 
 
 def code_version():
-    """A hash of model.py and train.py, which tells any edit, and the commit ("" without git)."""
+    """A hash of model.py and train.py, which any edit changes, and the commit ("" without git)."""
     here = Path(__file__).resolve().parent
     code = (here / "model.py").read_bytes() + (here / "train.py").read_bytes()
     try:
@@ -261,14 +260,14 @@ def summary(result):
 
 # ---- flags
 
-# Where and how a run runs:
-NO_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "compile", "fresh")
+# Flags that say where and how a run runs:
+NOT_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "compile", "fresh")
 
 
 def parser():
     """All flags.
 
-    A flag is a setting, which a run's figures depend on, unless NO_SETTINGS names it. A setting is
+    Those that NOT_SETTINGS does not name are settings: they change a run's results. A setting is
     recorded in config.json and in the default name, and a run does not resume with another value.
     """
     p = argparse.ArgumentParser(
@@ -293,7 +292,7 @@ def parser():
     flag("--lr-min", type=float, default=2e-5, help="where the cosine ends")
     flag("--lr-scale", type=float, default=1.0, help="multiplies --lr and --lr-min")
     flag("--cosine", choices=["epochs", "batches"], default="epochs", help="the cosine's unit")
-    flag("--wd", type=float, default=0.0, help="Adam's weight decay: L2, coupled")
+    flag("--wd", type=float, default=0.0, help="weight decay: L2 as in Adam, not AdamW")
     flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
     # data
@@ -306,14 +305,14 @@ def parser():
     flag("--name", default=None, help="this run's folder in it; None: from the settings")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
     how = p.add_mutually_exclusive_group().add_argument
-    how("--no-graph", action="store_true", help="on a GPU: no CUDA graph of the step, see record()")
+    how("--no-graph", action="store_true", help="on a GPU: no CUDA graph, see capture()")
     how("--compile", action="store_true", help="on a GPU: fuse kernels first; needs Triton and gcc")
     flag("--fresh", action="store_true", help="start over instead of resuming")
     return p
 
 
 def parse_args(argv=None):
-    """The flags, and those of them that are settings, a dict. Wrong ones: SystemExit, status 2."""
+    """All flags, and the settings among them as a dict. SystemExit, status 2, on a wrong one."""
     p = parser()
     args = p.parse_args(argv)
     at_least = {"blocks": 0, "filters": 1, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0}
@@ -324,7 +323,7 @@ def parse_args(argv=None):
             p.error(f"--{key.replace('_', '-')} must be at least {low} and finite, not {value}")
     if args.data not in ("cifar100", "synthetic") and not args.data.endswith(".npz"):
         p.error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
-    settings = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     settings["data"] = Path(args.data).name  # the same file in another folder is the same data
     if not args.name:
         parts = [f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"]
@@ -332,8 +331,6 @@ def parse_args(argv=None):
             if value != p.get_default(key):  # so other settings have another folder
                 parts.append(key if value is True else f"{key}={value}")
         args.name = "_".join(parts)
-    if args.name != Path(args.name).name or args.name == "..":
-        p.error(f"--name is a folder's name without slashes, not {args.name}; see --out")
     return args, settings
 
 
@@ -353,6 +350,7 @@ def check_settings(run, old, settings):
 
 def main(argv=None):
     # ---- set-up
+    argv = sys.argv[1:] if argv is None else argv
     args, settings = parse_args(argv)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if (args.device == "cuda" or args.compile) and not cuda:
@@ -365,7 +363,9 @@ def main(argv=None):
         native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         torch.set_flush_denormal(True)  # with weights below 1e-38 a step takes three times longer
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than PyTorch 2.6
+        cpu = {}
+        if hasattr(torch.cpu, "get_capabilities"):  # newer than PyTorch 2.6
+            cpu = torch.cpu.get_capabilities()
         hardware = f"{cpu.get('cpu_name', 'CPU')} (threads: {torch.get_num_threads()})"
         native_bf16 = cpu.get("avx512_bf16", False)
     if args.precision == "auto":
@@ -392,18 +392,17 @@ def main(argv=None):
             print(f"{args.name}: note: begun by another model.py or train.py (--fresh starts over)")
         if (run / "result.json").exists():
             result = json.loads((run / "result.json").read_text())
-            return print(f"{args.name}: {summary(result)}; see {run}")
-        if (run / "log.csv").exists() and not (run / "last.pt").exists():
-            sys.exit(f"train.py: {run} has no last.pt to resume from: start over with --fresh")
+            print(f"{args.name}: {summary(result)}; see {run}")
+            return
 
-    # ---- data: all of it lives on the device, as three tensors of bytes
+    # ---- data: all images live on the device, as tensors of bytes
     parts = load_data(args.data, args.data_dir)
     classes = 1 + max(labels.max().item() for _, labels in parts)
     parts = [(x[: args.limit].to(device), y[: args.limit].to(device)) for x, y in parts]
     (images, labels), val, test = parts
     padded = F.pad(images, [4] * 4)  # before normalising, so that the padding is black
     n = len(images)
-    steps = math.ceil(n / args.batch_size)
+    steps_per_epoch = math.ceil(n / args.batch_size)
 
     # ---- model
     torch.manual_seed(args.seed)
@@ -436,18 +435,21 @@ def main(argv=None):
         state["made_by"].append(maker)
     config = {
         "name": args.name, "layers": model.num_layers, "parameters": parameters,
-        "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
-        "code": code, "settings": settings, "steps_per_epoch": steps, "made_by": state["made_by"],
+        "command": shlex.join(["python", "train.py", *argv]),
+        "code": code, "settings": settings, "steps_per_epoch": steps_per_epoch,
+        "made_by": state["made_by"],
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
     print(f"{args.name}: {model.num_layers} layers, {parameters:,} parameters, {classes} classes")
     print(f"{args.name}: " + "  ".join(f"{key} {value}" for key, value in settings.items()))
     sizes = f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images"
-    print(f"{args.name}: {sizes}; {steps} steps an epoch, {len(log)} epochs done; {maker}")
+    print(f"{args.name}: {sizes}; {steps_per_epoch} steps an epoch; {maker}")
+    print(f"{args.name}: {len(log)} of {args.epochs} epochs done")
 
     # ---- step
     def forward_backward(x, y):
-        """A batch's loss and accuracy in %, a (2,) tensor; its gradients are added to .grad."""
+        """A batch's loss and accuracy in %, a (2,) tensor; its gradients replace those in .grad."""
+        optimizer.zero_grad(set_to_none=False)  # a graph writes to the same memory every time
         with autocast:
             logits = model(x).float()
         loss = F.cross_entropy(logits, y)
@@ -463,10 +465,10 @@ def main(argv=None):
                 block.compile(dynamic=False)
         before = copy.deepcopy(model.state_dict())
         x, y = normalise(images[: args.batch_size]), labels[: args.batch_size]
-        step = record(forward_backward, x, y, optimizer)
-        model.load_state_dict(before)  # recording moved batch norm's running averages
-        if args.compile:
-            torch.compiler.set_stance("force_eager")  # what is not recorded runs as it is
+        step = capture(forward_backward, x, y, optimizer)
+        model.load_state_dict(before)  # capturing moved batch norm's running averages
+        if args.compile:  # evaluation and a smaller last batch run uncompiled
+            torch.compiler.set_stance("force_eager")
 
     # ---- loop
     lr_max, lr_min = args.lr * args.lr_scale, args.lr_min * args.lr_scale
@@ -482,22 +484,21 @@ def main(argv=None):
             plans[3] = 0  # not mirrored
         totals = torch.zeros(2, device=device)  # of the steps' losses and accuracies
         title = f"{args.name}: epoch {epoch + 1:3}/{args.epochs}"
-        for i, plan in enumerate(live(plans.split(args.batch_size, dim=1), title)):
+        for i, plan in enumerate(progress(plans.split(args.batch_size, dim=1), title)):
             # The paper's cosine counts epochs. The coursework's framework has since 2023 counted
             # mini-batches with the same period, so that the rate swings and never comes down.
-            t = epoch if args.cosine == "epochs" else epoch * steps + i
+            t = epoch if args.cosine == "epochs" else epoch * steps_per_epoch + i
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             x, y = normalise(augment(padded, plan)), labels[plan[0]]
-            optimizer.zero_grad(set_to_none=False)  # a recorded step writes to the same memory
             totals += step(x, y)  # on the device: nothing waits for it
             optimizer.step()
 
         flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()
-        rate = steps / (time.perf_counter() - start)  # tolist() has waited for the device
+        rate = steps_per_epoch / (time.perf_counter() - start)  # tolist() has waited for the device
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
-        train_loss, train_acc = (totals / steps).tolist()
+        train_loss, train_acc = (totals / steps_per_epoch).tolist()
         val_loss, val_acc = evaluate(model, *val, autocast).tolist()
         row = {
             "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
