@@ -1,12 +1,7 @@
 """The paper's VGG (sections 2 to 4): a stack of one kind of block, with options."""
-from functools import partial
-
 from torch import nn
 
-ACTIVATIONS = {  # the choices of --act
-    "leaky_relu": partial(nn.LeakyReLU, inplace=True),  # in place: a CPU's step takes 5 % less
-    "sigmoid": nn.Sigmoid,
-}
+ACTIVATIONS = {"leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}  # the choices of --act
 INITS = ("default", "he", "dirac")  # the choices of --init
 
 
@@ -17,13 +12,11 @@ class Block(nn.Module):
     `bn` puts batch norm after each conv (section 3.1). `residual` adds the input, pooled where
     the map shrinks, before the last activation (section 3.2; He et al. 2016); with
     `plain_reduction` the blocks that shrink the map have no such skip.
-    A fork that activates x itself (pre-activation) needs nn.LeakyReLU without `inplace`: else
-    what the skip adds has been overwritten.
     """
 
     def __init__(self, filters, reduce, act, bn=False, residual=False, plain_reduction=False):
         super().__init__()
-        # The paper's parameter counts tell that only a reduction block's convs have a bias.
+        # The paper's parameter counts show that only a reduction block's convs have a bias.
         self.conv1 = nn.Conv2d(filters, filters, 3, padding=1, bias=reduce)
         self.norm1 = nn.BatchNorm2d(filters) if bn else nn.Identity()
         self.act1 = ACTIVATIONS[act]()
@@ -46,9 +39,9 @@ class VGG(nn.Module):
 
     x: (N, 3, 32, 32) float, normalised -> logits (N, classes). Every stage halves the map,
     so there can be five at most.
-    `init` is how the weights start: "default" is PyTorch's own, the paper's, with which 38 plain
-    layers vanish; "he" scales every conv as He et al. (2015); "dirac" starts every block's conv as
-    the identity (Zagoruyko and Komodakis 2017). `options` go to every Block.
+    `init` is how the weights start: "default" is PyTorch's own, the paper's, with which the signal
+    vanishes in 38 plain layers; "he" scales every conv as He et al. (2015); "dirac" starts every
+    block's conv as the identity (Zagoruyko and Komodakis 2017). `options` go to every Block.
     Raises KeyError for an unknown act, ValueError for an unknown init.
     """
 
