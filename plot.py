@@ -58,8 +58,7 @@ def read_run(folder):
         grads.pop("epoch")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{folder} is no run that can be read ({error})")
-    label = str(folder) if path.name else str(path.resolve())
-    return {"label": label, "config": config, "log": log, "grads": grads, "result": result,
+    return {"label": str(folder), "config": config, "log": log, "grads": grads, "result": result,
             "planned": planned, "done": done, "diverged": bool(result and result["diverged"])}
 
 
@@ -93,9 +92,7 @@ def note(runs):
 
 def caption(runs):
     """A legend's text: the label, with its note if that is not the paper's 100 epochs, 1 seed."""
-    label = runs[0]["label"].replace("$", r"\$")
-    # A label that begins with _ would be left out of the legend.
-    label = f" {label}" if label.startswith("_") else label
+    label = runs[0]["label"]
     return label if note(runs) == "100 epochs, 1 seed" else f"{label} ({note(runs)})"
 
 
@@ -108,23 +105,19 @@ def save(figure, path):
 def curves(groups, panels, title, path):
     """Loss and accuracy by epoch: validation solid, training light and dotted, a colour a group.
 
-    A group is the seeds of one run: their mean, and the range of their validation as a band. Groups
-    of less than a quarter of the longest one's epochs are named below the title, not drawn. Thin:
+    A group is the seeds of one run: their mean, and the range of their validation as a band. Thin:
     the paper's own curve, if runs[0]["paper"] has it.
     """
-    longest = max(runs[0]["planned"] for runs in groups)
-    drawn = [runs for runs in groups if 4 * runs[0]["planned"] >= longest]
-    short = [runs[0]["label"] for runs in groups if 4 * runs[0]["planned"] < longest]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6.4 * len(panels), 5.4), squeeze=False, layout="constrained"
     )
     wheel = COLOURS
-    if len(drawn) > len(wheel):
-        wheel = [plt.cm.turbo(x) for x in np.linspace(0, 1, len(drawn))]
+    if len(groups) > len(wheel):
+        wheel = [plt.cm.turbo(x) for x in np.linspace(0, 1, len(groups))]
     papers = False
     for axis, (metric, ylabel) in zip(axes[0], panels):
-        for i, runs in enumerate(drawn):
-            colour = runs[0].get("colour", wheel[i % len(wheel)])
+        for i, runs in enumerate(groups):
+            colour = runs[0].get("colour", wheel[i])
             epochs = runs[0]["log"]["epoch"]
             dot = "o" if len(epochs) == 1 else None
             val = np.stack([run["log"][f"val_{metric}"] for run in runs])
@@ -151,9 +144,7 @@ def curves(groups, panels, title, path):
         axes[0, 0].plot([], [], style, color="grey", lw=1, label=label)
     legend = axes[0, 0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=2 * len(panels), fontsize=8)
-    if short:
-        title += f"\nnot drawn, because their runs are too short: {'; '.join(short)}"
-    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
@@ -372,15 +363,17 @@ def table_of_the_later_coursework(found):
     """
     rows = []
     for name, (label, handed_out, published) in CW21.items():
-        ours = []
-        for metric in METRICS:
-            logs = [run["log"][metric] for run in found[name]]
-            last, eight = cell([log[-1] for log in logs]), cell([log[-8:].mean() for log in logs])
-            ours.append(f"{last} ({eight})" if logs else "–")
-        for whose, values in (("handed out", handed_out), ("a student's", published)):
-            cells = [f"{value:g}" for value in values] if values else ["–"] * len(METRICS)
-            rows.append([label, whose, *cells, ""])
-        rows.append([label, "ours", *ours, note(found[name])])
+        if handed_out:
+            rows.append([label, "handed out", *handed_out, ""])
+        if published:
+            rows.append([label, "a student's", *published, ""])
+        if found[name]:
+            ours = []
+            for metric in METRICS:
+                logs = [run["log"][metric] for run in found[name]]
+                eight = cell([log[-8:].mean() for log in logs])
+                ours.append(f"{cell([log[-1] for log in logs])} ({eight})")
+            rows.append([label, "ours", *ours, note(found[name])])
     header = ["run", "whose", *METRICS.values(), "ours"]
     return markdown("The coursework's table since 2021 (`--cosine batches`)", header, rows)
 
