@@ -10,7 +10,7 @@ conventional  torchvision transforms on PIL images, a DataLoader with 2 workers,
 bare          train.py's precision, layout and Adam, on one fixed random batch: no data, no
               augmentation, no figures; on a GPU without a CUDA graph
 
-Also: evaluation and files as a share of a 475-step epoch, and peak memory.
+Also: evaluation as a share of a 475-step epoch, and peak memory.
 """
 import argparse
 import json
@@ -101,7 +101,9 @@ def conventional():
 
     model = VGG(stages=3, blocks=5, bn=True, residual=True).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = torch.utils.data.DataLoader(Images(), 100, True, num_workers=2, pin_memory=GPU)
+    loader = torch.utils.data.DataLoader(
+        Images(), batch_size=100, shuffle=True, num_workers=2, pin_memory=GPU
+    )
     batches = iter(loader)
 
     def step():
@@ -162,7 +164,8 @@ def main():
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.mode:
-        return print(json.dumps(MODES[args.mode]()))
+        print(json.dumps(MODES[args.mode]()))
+        return
     name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; VGG38 ResNet, batch 100; steps a second")
     rates = {mode: [] for mode in MODES}
