@@ -147,8 +147,8 @@ MODES = {"train.py": ours, "conventional": conventional, "bare": bare}
 def measure(mode):
     """The figures of a mode, in a process of its own."""
     env = dict(os.environ)
-    if mode == "bare":  # glibc keeps freed memory, as it does once a data set has been freed
-        env.update(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**40))
+    if mode == "bare":  # what train.py sets itself on a CPU
+        env.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**31 - 1))
     command = [sys.executable, __file__, "--mode", mode]
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     if out.returncode:
