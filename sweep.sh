@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run of the paper. Finished ones are skipped, interrupted ones resume, failed ones are named.
+# Every run of the paper. Finished ones are skipped, interrupted ones resume.
 #   bash sweep.sh                         the paper's 16 runs, one after another
 #   bash sweep.sh --list                  every run's name and flags
 #   bash sweep.sh vgg08 vgg106            some of them; the extras run only when named
@@ -7,7 +7,7 @@
 #   JOBS=4 SEEDS="0 1 2" bash sweep.sh    four at once, three seeds of each
 #   sbatch --gres=gpu:1 --array=1-16 sweep.sh    SLURM, a line of the list each (17 on: the extras)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # it was started with sh
-set -u
+set -eu
 
 RUNS='vgg08                --blocks 0
 vgg38
@@ -45,47 +45,37 @@ list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
 fail() { echo "sweep.sh: $1" >&2; exit 2; }
 
 if [ "${1:-}" = --list ]; then list; exit; fi
-if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# //p' "$0"; exit; fi
 chosen=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   line=$(list | awk -v name="$1" '$1 == name')
   [ -n "$line" ] || fail "no run is called $1 (see --list); flags for train.py go after --"
-  chosen="$chosen$line"$'\n'
+  chosen=$chosen$line$'\n'
   shift
 done
 [ $# -eq 0 ] || shift  # the --
 runs=${chosen:-$RUNS}
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  runs=$(echo "${chosen:-$(list)}" | sed -n "${SLURM_ARRAY_TASK_ID}p")
-  [ -n "$runs" ] || fail "the list has no line $SLURM_ARRAY_TASK_ID (see --list)"
-fi
-JOBS=${JOBS:-1}
-SEEDS=${SEEDS:-0}
-[[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS is how many runs at once, not $JOBS"
-[[ " $SEEDS" =~ ^(\ +(0|[1-9][0-9]*))+$ ]] || fail "SEEDS is a list of whole numbers, not '$SEEDS'"
-command -v python >/dev/null || fail "there is no python: activate the virtual environment"
+task=${SLURM_ARRAY_TASK_ID:-}
+[ -z "$task" ] || runs=$(echo "${chosen:-$(list)}" | sed -n "${task}p")
 train=$(dirname "$0")/train.py
 [ -e "$train" ] || train=train.py  # SLURM runs a copy of this file, in sbatch's folder
+# On a CPU glibc keeps a step's memory for the next one.
+export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_MAX_=0
+JOBS=${JOBS:-1}
 if [ "$JOBS" -gt 1 ]; then  # each gets its share of the cores
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
-  export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
+  export TORCHINDUCTOR_COMPILE_THREADS=$OMP_NUM_THREADS
 fi
 
-pids=()
-names=()
-trap 'kill $(jobs -rp) 2>/dev/null; wait; exit 130' HUP INT TERM
-for seed in $SEEDS; do
+# A line of `runs` and a seed make one run. The quotes are for xargs.
+more=$([ $# -eq 0 ] || printf ' "%s"' "$@")
+lines=$(for seed in ${SEEDS:-0}; do
+  suffix=-seed$seed
+  [ "$seed" != 0 ] || suffix=
   while read -r name flags; do
-    [ -n "$name" ] || continue
-    [ "$seed" -eq 0 ] || name=$name-seed$seed
-    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
-    python "$train" --name "$name" --seed "$seed" $flags "$@" </dev/null &
-    pids+=($!)
-    names+=("$name")
+    [ -z "$name" ] || echo "--name $name$suffix $flags --seed $seed$more"
   done <<<"$runs"
-done
-failed=
-for i in "${!pids[@]}"; do wait "${pids[i]}" || failed="$failed ${names[i]}"; done
-[ -z "$failed" ] || { echo "sweep.sh: failed:$failed" >&2; exit 1; }
-echo "sweep.sh: all done"
+done)
+[ -n "$lines" ] || fail "the list has no such line (see --list)"
+exec xargs -P "$JOBS" -L 1 bash -c 'python "$0" "$@" || { echo "sweep.sh: failed: $2" >&2; exit 1; }' \
+  "$train" <<<"$lines"
