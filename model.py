@@ -60,7 +60,7 @@ class VGG(nn.Module):
         self.num_layers = len(self.convs()) + 1  # as the paper counts: convs and linear
         if init == "he":
             for conv in self.convs():
-                nn.init.kaiming_normal_(conv.weight, a=0.01)
+                nn.init.kaiming_normal_(conv.weight, a=0.01)  # leaky ReLU's slope
         elif init == "dirac":
             for conv in self.convs()[1:]:  # not the entry's: it has 3 channels to spread over 32
                 nn.init.dirac_(conv.weight)
@@ -80,6 +80,8 @@ class VGG(nn.Module):
         return [m for m in self.modules() if isinstance(m, nn.Conv2d)]
 
     def weight_layers(self):
-        """{name: module} of each conv, norm and linear layer, input to output (Figure 1's x)."""
+        """{name: module} of each conv, norm and linear layer (Figure 1's x), from input to output
+        if __init__ defines them in that order.
+        """
         named = self.named_modules()
         return {name: m for name, m in named if getattr(m, "weight", None) is not None}

@@ -1,4 +1,4 @@
-"""pytest -q: a few minutes on two cores, no network, no data set."""
+"""pytest -q: two to three minutes on two cores, no network, no data set."""
 
 import csv
 import json
@@ -6,9 +6,7 @@ import math
 import os
 import pickle
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,7 +34,7 @@ def rows(path):
 
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text())
 
 
 # ---- model.py
@@ -141,11 +139,6 @@ def test_plain_reduction_has_no_skip_where_the_map_shrinks():
     assert torch.equal(ordinary(x), x) and not reduction(x).any()
 
 
-def test_an_unknown_init_is_refused():
-    with pytest.raises(ValueError, match="init must be one of"):
-        VGG(stages=1, blocks=0, init="x")
-
-
 # ---- train.py: its parts
 
 
@@ -185,7 +178,7 @@ def test_augmentation_is_pad_crop_flip():
     images = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)
     padded = F.pad(images, [4] * 4)
     torch.manual_seed(5)
-    plan = train.draw(n, "cpu")
+    plan = train.draw_plan(n, "cpu")
     out = train.augment(padded, plan)
     assert out.dtype == torch.uint8 and sorted(plan[0].tolist()) == list(range(n))
     seen = {}
@@ -230,6 +223,7 @@ def test_cifar100_is_read_as_torchvision_has_it(npz, tmp_path, monkeypatch):
 # ---- train.py: whole runs
 
 TINY = "--blocks 0 --filters 8 --batch-size 40 --device cpu".split()
+DEVICE = train.parse_args([])[0].device  # the GPU, if there is one
 
 
 def flags(text, npz, out):
@@ -246,8 +240,7 @@ def refused(args):
 
 def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
     """The paper's recipe again: ordinary Adam, images cropped one by one. A row an epoch, with the
-    gradients, and the test loss of the best epoch. No batch norm in the blocks, which would
-    amplify rounding (results/README.md).
+    gradients, and the test loss of the best epoch. Without batch norm, which amplifies rounding.
     """
     (images, labels), (val, val_labels), (test, test_labels) = train.load_data(str(npz))
     torch.manual_seed(seed)
@@ -258,7 +251,7 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
         lr = lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr
         torch.manual_seed(seed * 1_000_003 + epoch)
-        plan = train.draw(285, "cpu")
+        plan = train.draw_plan(285, "cpu")
         losses, hits = [], []
         for start in range(0, 285, 40):
             crops = []
@@ -313,15 +306,15 @@ def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
     train.main([*text.split(), "--out", str(tmp_path)])
     run = tmp_path / "vgg08_blocks=0_bn_residual_epochs=2_lr=0.005_data=synthetic"
     result = read_json(run / "result.json")
-    assert result["final"]["val_acc"] > 30 and result["test_acc"] > 30  # chance is 1 %
-    assert (result["parameters"], result["layers"], result["diverged"]) == (60_100, 8, False)
+    assert result["best"]["val_acc"] > 30 and result["test_acc"] > 30  # chance is 1 %
+    assert result["epochs"] == 2
     model = VGG(stages=3, blocks=0, bn=True, residual=True)
     model.load_state_dict(torch.load(run / "best.pt", weights_only=True))
     _, _, test = train.load_data("synthetic")
     bf16 = read_json(run / "config.json")["settings"]["precision"] == "bf16"
     figures = train.evaluate(model, *test, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
     theirs = [result["test_loss"], result["test_acc"]]
-    np.testing.assert_allclose(figures.tolist(), theirs, rtol=1e-2)
+    np.testing.assert_allclose(figures, theirs, rtol=1e-2)
 
 
 def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
@@ -329,7 +322,7 @@ def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
     before = (tmp_path / "a/last.pt").stat().st_mtime_ns
     capsys.readouterr()
     train.main(flags("--epochs 1", npz, tmp_path))
-    assert "a: finished, 1 epochs" in capsys.readouterr().out
+    assert "a: finished before" in capsys.readouterr().out
     assert (tmp_path / "a/last.pt").stat().st_mtime_ns == before
 
 
@@ -368,21 +361,28 @@ def test_killed_and_resumed_is_the_same(npz, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_clusters_kill_say_how_to_resume(npz, tmp_path, kill):
-    process = start(flags("--epochs 1000", npz, tmp_path), tmp_path)
-    process.send_signal(kill)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "without --fresh) resumes" in err
-    assert "Traceback" not in err
+def test_what_a_fork_draws_with_numpy_is_drawn_again(npz, tmp_path, monkeypatch):
+    """Mixup, say: a run that was interrupted in its second epoch repeats that epoch's numbers."""
+    drawn = []
+    augment = train.augment
+
+    def mixup(padded, plan):
+        drawn.append(np.random.beta(1, 1))
+        if len(drawn) == 10:
+            raise KeyboardInterrupt
+        return augment(padded, plan)
+
+    monkeypatch.setattr(train, "augment", mixup)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags("--epochs 2", npz, tmp_path))
+    train.main(flags("--epochs 2", npz, tmp_path))
+    assert len(set(drawn[:8])) == 8 and len(drawn) == 18 and drawn[8:10] == drawn[10:12]
 
 
 def test_diverged_is_a_result(npz, tmp_path):
     train.main(flags("--lr 1e12 --epochs 5", npz, tmp_path))
-    text = (tmp_path / "a/result.json").read_text()
-    result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert result["diverged"] is True and result["epochs"] < 5
-    assert result["final"]["train_loss"] is None and result["best"] is None
+    result = read_json(tmp_path / "a/result.json")
+    assert result["epochs"] < 5 and result["best"] is None
     train.main(flags("--lr 1e12 --epochs 5", npz, tmp_path))  # finished, as any other
 
 
@@ -401,43 +401,23 @@ def test_limit_and_no_augment(npz, tmp_path, monkeypatch, capsys):
     assert (plans[0][1:3] == 4).all() and not plans[0][3].any()
 
 
-def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path):
     train.main(flags("--epochs 1 --wd 1e-3", npz, tmp_path))
     before = (tmp_path / "a/last.pt").read_bytes()
-    assert refused(flags("--epochs 1", npz, tmp_path)) == 2
-    assert "was made with wd 0.001, not 0.0: use that" in capsys.readouterr().err
+    line = refused(flags("--epochs 1", npz, tmp_path))
+    assert "was made with wd 0.001: use that" in line
     assert (tmp_path / "a/last.pt").read_bytes() == before
-    train.main(flags("--epochs 1 --fresh", npz, tmp_path))
-    assert read_json(tmp_path / "a/config.json")["settings"]["wd"] == 0
     elsewhere = shutil.copy(npz, tmp_path)  # the same file in another folder is the same data
-    train.main(flags("--epochs 1", elsewhere, tmp_path))
+    train.main(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
 
 
-def test_a_new_flag_disowns_no_earlier_run_and_a_lost_one_does(npz, tmp_path, capsys):
+def test_a_new_flag_disowns_no_earlier_run(npz, tmp_path):
     train.main(flags("--epochs 1", npz, tmp_path))
-    path = tmp_path / "a/config.json"
-    config = read_json(path)
+    config = read_json(tmp_path / "a/config.json")
     del config["settings"]["wd"]  # as if --wd were new: it had its default
-    path.write_text(json.dumps(config))
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
     train.main(flags("--epochs 1", npz, tmp_path))
-    assert refused(flags("--epochs 1 --wd 1", npz, tmp_path)) == 2
-    assert "made with wd 0.0, not 1.0" in capsys.readouterr().err
-    config["settings"]["dropout"] = 0.5  # a fork's, which is no longer there
-    path.write_text(json.dumps(config))
-    assert refused(flags("--epochs 1 --wd 1", npz, tmp_path)) == 2
-    assert "made with wd 0.0, not 1.0; dropout 0.5" in capsys.readouterr().err
-
-
-def test_made_by_names_every_code_that_trained(npz, tmp_path, monkeypatch, capsys):
-    train.main(flags("--epochs 1", npz, tmp_path))
-    monkeypatch.setattr(train, "code_version", lambda: ("changed", "c0ffee"))
-    train.main(flags("--epochs 1", npz, tmp_path))
-    assert "note: begun by another" in capsys.readouterr().out
-    (tmp_path / "a/result.json").unlink()
-    train.main(flags("--epochs 1", npz, tmp_path))
-    first, second = read_json(tmp_path / "a/result.json")["made_by"]
-    assert torch.__version__ in first and second.endswith("c0ffee changed")
-    assert read_json(tmp_path / "a/config.json")["made_by"] == [first, second]
+    assert "made with wd 0.0: use" in refused(flags("--epochs 1 --wd 1", npz, tmp_path))
 
 
 def test_default_names_differ_when_settings_do():
@@ -446,18 +426,12 @@ def test_default_names_differ_when_settings_do():
         "--batch-size 50|--wd 1e-3|--wd 1e-4|--seed 1|--no-augment|--data a/b.npz|--limit 5"
     ).split("|")
     names = {train.parse_args(variant.split())[0].name for variant in variants}
-    plain, _ = train.parse_args("--out x --fresh --wd 0 --device cpu".split())
+    plain, _ = train.parse_args("--out x --wd 0 --device cpu".split())
     assert len(names - {plain.name}) == len(variants) and plain.name == "vgg38"
     assert not any("/" in name for name in names)
 
 
-WRONG = (
-    "--stages 6|--blocks -1|--epochs 0|--batch-size x|--lr nan|--lr inf|--wd -1|--seed -1|"
-    "--act x|--init x|--nonsense|--data x|--device mps|--precision fp16"
-).split("|")
-
-
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", ["--stages 6", "--blocks -1", "--batch-size 0", "--nonsense"])
 def test_wrong_flags_say_which_and_write_nothing(text, tmp_path, capsys):
     assert refused([*text.split(), "--out", tmp_path]) == 2
     usage, error = capsys.readouterr().err.splitlines()
@@ -469,88 +443,44 @@ def test_broken_data_is_one_line(npz, tmp_path):
     data = dict(np.load(npz))
     broken = {
         "shape": {**data, "train_images": data["train_images"][:, :16]},
-        "keys": {"images": data["train_images"]},
         "length": {**data, "test_labels": data["test_labels"][:-1]},
         "negative": {**data, "train_labels": data["train_labels"] - 1},
-        "objects": {**data, "test_labels": np.array([None] * 100)},
+        "keys": {"images": data["train_images"]},
     }
     for name, arrays in broken.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
-    (tmp_path / "bad.npz").write_bytes(b"not a zip file")
-    (tmp_path / "cut.npz").write_bytes(npz.read_bytes()[:2000])
-    for name in [*broken, "bad", "cut", "missing"]:
+    for name in [*broken, "missing"]:
         line = refused(flags("", tmp_path / f"{name}.npz", tmp_path))
-        assert f"{name}.npz cannot be " in line and "\n" not in line
+        assert f"{name}.npz" in line and "\n" not in line
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+    def offline(*args, download=False, **kwargs):
+        raise OSError("no name resolution") if download else RuntimeError("not there")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR100", offline)
     line = refused(["--data-dir", tmp_path / "data", "--out", tmp_path])
     assert "--data FILE.npz" in line and "\n" not in line
 
 
-def test_a_folder_that_cannot_be_used_is_one_line(npz, tmp_path):
-    assert "use another --out" in refused(flags("", npz, npz / "runs"))  # that is a file
+def test_a_run_is_trained_by_one_process(npz, tmp_path):
     (tmp_path / "a").mkdir()
     with FileLock(tmp_path / "a/.lock"):
         assert "another process trains" in refused(flags("", npz, tmp_path))
 
 
-def test_broken_runs_are_one_line(npz, tmp_path):
-    run = tmp_path / "a"
-    train.main(flags("--epochs 2", npz, tmp_path))
-    (run / "result.json").unlink()
-    whole = (run / "last.pt").read_bytes()
-    for broken in (whole[:1000], whole[: len(whole) // 4], b"", b"PK" + whole[2:3000]):
-        (run / "last.pt").write_bytes(broken)
-        assert "--fresh" in refused(flags("--epochs 2", npz, tmp_path))
-        assert (run / "last.pt").read_bytes() == broken
-    (run / "last.pt").write_bytes(whole)
-    refused(flags("--epochs 2 --fresh", tmp_path / "none.npz", tmp_path))
-    assert (run / "last.pt").read_bytes() == whole  # --fresh had nothing to start over with
-    train.main(flags("--epochs 2 --fresh", npz, tmp_path))
-
-
-def test_a_bug_is_a_traceback(tmp_path, monkeypatch):
-    """What a fork breaks is not taken for something that a user got wrong."""
-    for function in ("synthetic", "split_indices", "as_tensors", "augment", "csv_text"):
-        with monkeypatch.context() as patched:
-            patched.setattr(train, function, lambda *args: none_such)  # noqa: F821
-            with pytest.raises(NameError):
-                train.main([*TINY, "--data", "synthetic", "--out", str(tmp_path), "--name", "a"])
-
-
-def test_a_full_disk_is_one_line_and_the_run_resumes(npz, tmp_path):
-    def full():  # config.json fits, last.pt does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    line = [sys.executable, HERE / "train.py", *flags("--epochs 3", npz, tmp_path)]
-    failed = subprocess.run(line, stderr=subprocess.PIPE, text=True, preexec_fn=full)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "resumes" in failed.stderr
-    assert not list((tmp_path / "a").glob("*.tmp"))
-    train.main(flags("--epochs 3", npz, tmp_path))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cuda_graph_trains_as_eager_steps_do(npz, tmp_path):
-    text = "--blocks 1 --bn --residual --batch-size 40 --epochs 4 --precision fp32 --device cuda"
-    ways = {"graph": [], "again": [], "eager": ["--no-graph"]}
-    if shutil.which("gcc"):
-        ways["compiled"] = ["--compile"]
-    for name, flag in ways.items():
-        args = [*text.split(), *flag, "--data", str(npz), "--out", str(tmp_path), "--name", name]
-        train.main(args)
-    files = ("log.csv", "train_loss"), ("grads.csv", "conv"), ("grads.csv", "linear")
-    for file, column in files:
-        graph, again, *others = [
-            [float(row[column]) for row in rows(tmp_path / name / file)] for name in ways
-        ]
-        assert graph == again
-        for other in others:
-            np.testing.assert_allclose(graph, other, rtol=0.02 if file == "log.csv" else 0.2)
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_trains_as_eager_does(npz, tmp_path):
+    """The losses, and the gradients, which a GPU's graph keeps in memory of its own."""
+    losses, gradients = [], []
+    for flag in ("", "--compile"):
+        text = f"--bn --residual --epochs 2 --precision fp32 --device {DEVICE} {flag}"
+        train.main(flags(text, npz, tmp_path / flag))
+        losses.append([float(row["train_loss"]) for row in rows(tmp_path / flag / "a/log.csv")])
+        epoch = rows(tmp_path / flag / "a/grads.csv")[0]
+        gradients.append([float(gradient) for gradient in epoch.values()])
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    np.testing.assert_allclose(*gradients, rtol=0.1)
 
 
 # ---- sweep.sh
@@ -741,7 +671,7 @@ def test_published_weights_are_their_runs(weights):
     network = ("stages", "blocks", "filters", "bn", "residual", "act")
     model = VGG(**{key: config["settings"][key] for key in network})
     model.load_state_dict(state)
-    assert sum(p.numel() for p in model.parameters()) == result["parameters"]
+    assert sum(p.numel() for p in model.parameters()) == config["parameters"]
     assert result["epochs"] == 100
     steps = result["best"]["epoch"] * config["steps_per_epoch"]
     assert state["norm.num_batches_tracked"] == steps  # they are of the best epoch

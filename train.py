@@ -1,25 +1,17 @@
 """Train one VGG and log its gradients: `python train.py --blocks 10 --bn --residual --wd 1e-3`.
 
-The file reads top to bottom: data, augmentation, schedule, evaluation, files, flags, and main(),
-which has the training loop. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
-result.json}; if it was interrupted, the same command resumes from last.pt.
+Reads top to bottom: data, augmentation, schedule, evaluation, files, flags, and main(), which has
+the training loop. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
+result.json}; the same command resumes an interrupted one from last.pt.
 """
 import argparse
 import copy
-import ctypes
 import functools
-import hashlib
-import io
 import json
 import math
-import pickle
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +23,18 @@ from model import ACTIVATIONS, INITS, VGG
 
 MEAN = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, as in the paper's framework
 STD = (0.2023, 0.1994, 0.2010)
-RESUMES = "the same command (without --fresh) resumes after the last whole epoch"
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 # ---- data
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
 def split_indices(n):
     """Indices of the training (95 %) and validation images among n images.
 
     The split never depends on a run's seed. For CIFAR-100's 50,000 images it is the paper's.
     """
-    train = np.random.RandomState(0).choice(n, n - n // 20, replace=False)
+    train = np.random.RandomState(0).choice(n, n - max(1, n // 20), replace=False)
     return train, np.setdiff1d(np.arange(n), train)
 
 
@@ -73,23 +66,11 @@ def cifar100(data_dir):
     return train.data, train.targets, test.data, test.targets
 
 
-def as_tensors(images, labels, source):
-    """(N, 32, 32, 3) uint8 and (N,) integers -> (N, 3, 32, 32) uint8 and (N,) int64 tensors."""
-    labels = np.asarray(labels)
-    good_images = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
-    good_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    if not (good_images and good_labels and labels.min() >= 0):
-        sys.exit(f"train.py: {source} cannot be used: it has {images.dtype} {images.shape} images, "
-                 "not uint8 (N, 32, 32, 3), or labels that are not N integers from 0")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
-    return images, torch.from_numpy(labels.astype(np.int64))
-
-
 def load_data(source, data_dir="data"):
     """[(images, labels) of training, validation, test]: uint8 (N, 3, 32, 32) and int64 (N,).
 
-    source: "cifar100" (downloaded to data_dir if need be), "synthetic" or a .npz file.
-    SystemExit with one line if it cannot be used.
+    source: "cifar100", "synthetic" or a .npz file with the four ARRAYS: images uint8
+    (N, 32, 32, 3), labels integers from 0. SystemExit if the file has something else.
     """
     if source == "synthetic":
         arrays = synthetic()
@@ -97,12 +78,21 @@ def load_data(source, data_dir="data"):
         arrays = cifar100(data_dir)
     else:
         try:
-            with np.load(source) as file:
-                arrays = [file[key] for key in ARRAYS]
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            sys.exit(f"train.py: {source} cannot be read ({error}); it must hold {ARRAYS}")
-    images, labels = as_tensors(*arrays[:2], source)
-    test = as_tensors(*arrays[2:], source)
+            file = np.load(source)
+            arrays = [file[key] for key in ARRAYS]
+        except Exception as error:  # numpy raises many kinds
+            sys.exit(f"train.py: {source} is no .npz file with {ARRAYS} ({error})")
+    parts = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        labels = np.asarray(labels)
+        good = images.dtype == np.uint8 and images.shape == (*labels.shape, 32, 32, 3)
+        if not good or labels.dtype.kind not in "iu" or labels.min() < 0:
+            sys.exit(f"train.py: {source} has {images.dtype} {images.shape} images and "
+                     f"{labels.dtype} {labels.shape} labels, not uint8 (N, 32, 32, 3) and N "
+                     "integers from 0")
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
+        parts.append((images, torch.from_numpy(labels.astype(np.int64))))
+    (images, labels), test = parts
     kept, held_out = split_indices(len(images))
     return [(images[kept], labels[kept]), (images[held_out], labels[held_out]), test]
 
@@ -115,13 +105,12 @@ def per_channel(values, device):
 
 def normalise(images):
     """uint8 (N, 3, 32, 32) -> float32, channels_last: (x / 255 - mean) / std."""
-    mean = per_channel(MEAN, images.device)
-    std = per_channel(STD, images.device)
+    mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
     return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 # ---- augmentation
-def draw(n, device):
+def draw_plan(n, device):
     """An epoch's augmentation, (4, n) int64: shuffled order, crop row and column (0 to 8), flip."""
     order = torch.randperm(n, device=device)
     row = torch.randint(9, (n,), device=device)
@@ -133,14 +122,13 @@ def draw(n, device):
 def augment(padded, plan):
     """Random crops, half of them mirrored.
 
-    padded: uint8 (N, 3, 40, 40); plan: (4, B), columns of draw() -> uint8 (B, 3, 32, 32).
+    padded: uint8 (N, 3, 40, 40); plan: (4, B), columns of draw_plan() -> uint8 (B, 3, 32, 32).
     """
     order, row, column, flip = plan
     # Every 32 x 32 window of every image, (N, 3, 9, 9, 32, 32): a view, which takes no memory.
     windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
     images = windows[order, :, row, column]  # (B, 3, 32, 32)
-    flip = flip.bool()[:, None, None, None]  # (B, 1, 1, 1)
-    return torch.where(flip, images.flip(3), images)
+    return torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
 
 
 # ---- schedule and evaluation
@@ -151,7 +139,7 @@ def cosine_lr(t, period, lr_max, lr_min):
 
 @torch.no_grad()
 def evaluate(model, images, labels, autocast):
-    """Mean cross-entropy and accuracy in %, a (2,) tensor; leaves the model in training mode."""
+    """Mean cross-entropy, and accuracy in %; leaves the model in training mode."""
     model.eval()
     total = torch.zeros(2, device=images.device)
     for x, y in zip(images.split(500), labels.split(500)):
@@ -160,69 +148,18 @@ def evaluate(model, images, labels, autocast):
         loss = F.cross_entropy(logits, y, reduction="sum")
         total += torch.stack([loss, 100 * (logits.argmax(1) == y).sum()])
     model.train()
-    return total / len(labels)
-
-
-def progress(batches, title):
-    """The batches; on a terminal, a line that overwrites itself says how far they are."""
-    start = time.perf_counter()
-    for i, batch in enumerate(batches, 1):
-        yield batch
-        if sys.stdout.isatty() and i % 10 == 0:
-            rate = i / (time.perf_counter() - start)
-            line = f"{title}  step {i}/{len(batches)}  {rate:.1f} steps/s"
-            width = shutil.get_terminal_size().columns - 1  # a longer line would not overwrite
-            print(line[-width:], end="\r", flush=True)
-
-
-# ---- CUDA graph
-def capture(step, x, y, optimizer):
-    """step(x, y), captured as a CUDA graph, and then replayed on any x and y of the same shapes.
-
-    A step's 700 kernels run faster than Python launches them one by one; a graph launches them all
-    at once. It repeats what the GPU did, and Python no longer runs: an `if`, a hook or a number of
-    Python (a random one, the epoch) stays as it was, and .item() or print() of a tensor is an
-    error. PyTorch's random numbers on the GPU do change. A smaller batch runs `step` itself.
-    """
-    x, y = x.clone(), y.clone()  # the memory that the graph reads
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch asks for warm-up steps on another stream
-        for _ in range(3):
-            step(x, y)
-    optimizer.zero_grad()  # without gradients, so that capturing allocates them for the graph
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # this waits for the device
-        metrics = step(x, y)
-
-    def replay(new_x, new_y):
-        if len(new_y) != len(y):  # the epoch's last batch can be smaller
-            return step(new_x, new_y)
-        x.copy_(new_x)
-        y.copy_(new_y)
-        graph.replay()
-        return metrics.clone()  # the next replay overwrites it
-
-    return replay
+    return (total / len(labels)).tolist()
 
 
 # ---- files
 def write(path, content):
-    """Replace a file as a whole, so that a kill leaves the old one or the new one, never a part.
-
-    content: text, or what torch.save takes. SystemExit with one line if the disk is full.
-    """
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises no OSError
-    if isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        torch.save(content, buffer)
+    """Replace a file as a whole, so that a kill leaves the old one or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path} ({error.strerror}); once it can, {RESUMES}")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
+    temporary.replace(path)
 
 
 def csv_text(rows):
@@ -233,43 +170,16 @@ def csv_text(rows):
     return "\n".join(lines) + "\n"
 
 
-def code_version():
-    """A hash of model.py and train.py, which any edit changes, and the commit ("" without git)."""
-    here = Path(__file__).resolve().parent
-    code = (here / "model.py").read_bytes() + (here / "train.py").read_bytes()
-    try:
-        git = ["git", "-C", here, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    return hashlib.sha256(code).hexdigest()[:8], commit
-
-
-def diverged(log):
-    """True if the last row has a loss that is not finite."""
-    return bool(log) and not math.isfinite(log[-1]["train_loss"] + log[-1]["val_loss"])
-
-
-def summary(result):
-    """result.json in one line."""
-    line = f"finished, {result['epochs']} epochs{', diverged' if result['diverged'] else ''}"
-    if result["best"]:
-        best = f"{result['best']['val_acc']:.2f} % in epoch {result['best']['epoch']}"
-        line += f"; best validation accuracy {best}, test {result['test_acc']:.2f} % there"
-    return line
-
-
 # ---- flags
-
-# Flags that say where and how a run runs:
-NOT_SETTINGS = ("data_dir", "out", "name", "device", "no_graph", "compile", "fresh")
+NOT_SETTINGS = ("data_dir", "out", "name", "device", "compile")  # where and how a run runs
 
 
-def parser():
-    """All flags.
+def parse_args(argv=None):
+    """All flags, and as a dict the settings among them. SystemExit, status 2, on a wrong one.
 
-    Those that NOT_SETTINGS does not name are settings: they change a run's results. A setting is
-    recorded in config.json and in the default name, and a run does not resume with another value.
+    Settings are the flags that change a run's results, all but NOT_SETTINGS. They stand in
+    config.json and, where they are not the default, in the run's name; a run does not resume with
+    other ones.
     """
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -296,109 +206,74 @@ def parser():
     flag("--wd", type=float, default=0.0, help="weight decay: L2 as in Adam, not AdamW")
     flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 if native")
     # data
     flag("--data", default="cifar100", help="cifar100, synthetic or FILE.npz")
     flag("--limit", type=int, default=None, help="only so many images of each part")
-    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 if native")
     # where and how
     flag("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     flag("--out", type=Path, default="runs", help="folder of the runs")
     flag("--name", default=None, help="this run's folder in it; None: from the settings")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="the GPU if it is there")
-    how = p.add_mutually_exclusive_group().add_argument
-    how("--no-graph", action="store_true", help="on a GPU: no CUDA graph, see capture()")
-    how("--compile", action="store_true", help="on a GPU: fuse kernels first; needs Triton and gcc")
-    flag("--fresh", action="store_true", help="start over instead of resuming")
-    return p
-
-
-def parse_args(argv=None):
-    """All flags, and the settings among them as a dict. SystemExit, status 2, on a wrong one."""
-    p = parser()
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    flag("--compile", action="store_true", help="torch.compile: faster on a GPU, after a minute")
     args = p.parse_args(argv)
-    at_least = {"blocks": 0, "filters": 1, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0}
-    at_least |= {"lr": 0, "lr_min": 0, "lr_scale": 0, "wd": 0}
+    at_least = {"blocks": 0, "filters": 1, "epochs": 1, "batch_size": 1, "seed": 0, "limit": 1}
     for key, low in at_least.items():
         value = getattr(args, key)
-        if value is not None and not low <= value < math.inf:  # false for nan, too
-            p.error(f"--{key.replace('_', '-')} must be at least {low} and finite, not {value}")
-    if args.data not in ("cifar100", "synthetic") and not args.data.endswith(".npz"):
-        p.error(f"--data is cifar100, synthetic or a file ending in .npz, not {args.data}")
+        if value is not None and value < low:
+            p.error(f"--{key.replace('_', '-')} must be at least {low}, not {value}")
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     settings["data"] = Path(args.data).name  # the same file in another folder is the same data
-    if not args.name:
-        parts = [f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"]
-        for key, value in settings.items():
-            if value != p.get_default(key):  # so other settings have another folder
-                parts.append(key if value is True else f"{key}={value}")
-        args.name = "_".join(parts)
+    words = [f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"]  # two convs a block
+    for key, value in settings.items():
+        if value != p.get_default(key):
+            words.append(key if value is True else f"{key}={value}")
+    args.name = args.name or "_".join(words)
     return args, settings
 
 
-def check_settings(run, old, settings):
-    """SystemExit, status 2, if the run's old settings differ; one it lacks had its default."""
-    p = parser()
-    differing = []
-    for key in settings | old:
-        before = old.get(key, p.get_default(key))
-        now = settings.get(key, "a setting that is no longer there")
-        if before != now:
-            differing.append(f"{key} {before}, not {now}")
-    if differing:
-        ways = "use that, another --name or --out, or --fresh"
-        p.error(f"{run} was made with {'; '.join(differing)}: {ways}")
+def hardware(device):
+    """The device's name, and whether it computes in bfloat16 rather than emulating it."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name(device), native
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than PyTorch 2.6
+    name = f"{cpu.get('cpu_name', 'CPU')} (threads: {torch.get_num_threads()})"
+    return name, cpu.get("avx512_bf16", False)
 
 
 def main(argv=None):
     # ---- set-up
-    argv = sys.argv[1:] if argv is None else argv
     args, settings = parse_args(argv)
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    if (args.device == "cuda" or args.compile) and not cuda:
-        parser().error("--device cuda and --compile need a GPU that PyTorch sees")
-    device = torch.device("cuda" if cuda else "cpu")
-    if cuda:
-        torch.backends.cudnn.deterministic = True  # the same seed gives the same bits
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
-        hardware = torch.cuda.get_device_name()
-        native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        torch.set_flush_denormal(True)  # with weights below 1e-38 a step takes three times longer
-        if sys.platform == "linux":  # a step's memory is kept for the next, not fetched anew
-            mallopt = ctypes.CDLL(None).mallopt  # the C library's
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is freed is not given back,
-            mallopt(-4, 0)  # M_MMAP_MAX: nor is a large tensor's memory
-        cpu = {}
-        if hasattr(torch.cpu, "get_capabilities"):  # newer than PyTorch 2.6
-            cpu = torch.cpu.get_capabilities()
-        hardware = f"{cpu.get('cpu_name', 'CPU')} (threads: {torch.get_num_threads()})"
-        native_bf16 = cpu.get("avx512_bf16", False)
+    device = torch.device(args.device)
+    torch.backends.cudnn.deterministic = True  # the same seed gives the same bits
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
+    torch.set_flush_denormal(True)  # on a CPU a step with weights below 1e-38 takes 3 times longer
+    machine, native_bf16 = hardware(device)
     if args.precision == "auto":
         settings["precision"] = "bf16" if native_bf16 else "fp32"
-    bf16 = settings["precision"] == "bf16"
     # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
 
     # ---- the run's folder
     run = args.out / args.name
-    code, commit = code_version()
-    lock = FileLock(run / ".lock", is_singleton=True)  # held until the program ends
+    run.mkdir(parents=True, exist_ok=True)
+    # Held while main() runs; a singleton, so that a notebook can call it again.
+    lock = FileLock(run / ".lock", is_singleton=True)
     try:
-        run.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
-    except OSError as error:
-        sys.exit(f"train.py: {run} cannot be written ({error.strerror}): use another --out")
-    if (run / "config.json").exists() and not args.fresh:
-        config = json.loads((run / "config.json").read_text())
-        check_settings(run, config["settings"], settings)
-        if config["code"] != code:
-            print(f"{args.name}: note: begun by another model.py or train.py (--fresh starts over)")
-        if (run / "result.json").exists():
-            result = json.loads((run / "result.json").read_text())
-            print(f"{args.name}: {summary(result)}; see {run}")
-            return
+    if (run / "config.json").exists():
+        was = json.loads((run / "config.json").read_text())["settings"]
+        was = parse_args([])[1] | was  # a flag that the run is older than had its default
+        changed = [f"{key} {was[key]}" for key in was if was[key] != settings.get(key)]
+        if changed:
+            sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that, another "
+                     "--name or --out, or delete it")
+    if (run / "result.json").exists():
+        print(f"{args.name}: finished before; see {run}, or delete it to start over")
+        return
 
     # ---- data: all images live on the device, as tensors of bytes
     parts = load_data(args.data, args.data_dir)
@@ -417,104 +292,85 @@ def main(argv=None):
     )
     model = model.to(device, memory_format=torch.channels_last)
     layers = model.weight_layers()
-    parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True
     )
+    # The compiled network shares the weights of `model`, which evaluate() uses as it is.
+    forward = model
+    if args.compile:
+        forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
 
     # ---- start, or resume from last.pt, which holds `state`
-    if args.fresh:  # only now, when the data and the model are there
-        for file in ("last.pt", "result.json", "config.json", "log.csv", "grads.csv", "best.pt"):
-            (run / file).unlink(missing_ok=True)
-    state = {"log": [], "grads": [], "made_by": [], "best": None, "best_model": None}
+    state = {"log": [], "grads": [], "made_by": [], "best": None}
     if (run / "last.pt").exists():
-        try:
-            state |= torch.load(run / "last.pt", map_location=device, weights_only=True)
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError):
-            sys.exit(f"train.py: {run}/last.pt is broken: start over with --fresh")
+        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     log, grads = state["log"], state["grads"]
-    maker = f"{hardware}, {settings['precision']}, torch {torch.__version__}, {commit} {code}"
-    if maker not in state["made_by"]:  # several if a run resumed elsewhere, or edited
+    maker = f"{machine}, {settings['precision']}, torch {torch.__version__}"
+    if args.compile:
+        maker += ", compiled"
+    if maker not in state["made_by"]:  # several if a run resumed elsewhere
         state["made_by"].append(maker)
     config = {
-        "name": args.name, "layers": model.num_layers, "parameters": parameters,
-        "command": shlex.join(["python", "train.py", *argv]),
-        "code": code, "settings": settings, "steps_per_epoch": steps_per_epoch,
+        "name": args.name, "layers": model.num_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "settings": settings, "steps_per_epoch": steps_per_epoch,
         "made_by": state["made_by"],
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
-    print(f"{args.name}: {model.num_layers} layers, {parameters:,} parameters, {classes} classes")
-    print(f"{args.name}: " + "  ".join(f"{key} {value}" for key, value in settings.items()))
-    sizes = f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images"
-    print(f"{args.name}: {sizes}; {steps_per_epoch} steps an epoch; {maker}")
-    print(f"{args.name}: {len(log)} of {args.epochs} epochs done")
-
-    # ---- step
-    def forward_backward(x, y):
-        """A batch's loss and accuracy in %, a (2,) tensor; its gradients replace those in .grad."""
-        optimizer.zero_grad(set_to_none=False)  # a graph writes to the same memory every time
-        with autocast:
-            logits = model(x).float()
-        loss = F.cross_entropy(logits, y)
-        loss.backward()
-        accuracy = 100 * (logits.argmax(1) == y).float().mean()
-        return torch.stack([loss.detach(), accuracy])
-
-    step = forward_backward
-    if cuda and not args.no_graph:
-        if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # one for each kind of block and map size
-            for block in model.blocks:
-                block.compile(dynamic=False)
-        before = copy.deepcopy(model.state_dict())
-        x, y = normalise(images[: args.batch_size]), labels[: args.batch_size]
-        step = capture(forward_backward, x, y, optimizer)
-        model.load_state_dict(before)  # capturing moved batch norm's running averages
-        if args.compile:  # evaluation and a smaller last batch run uncompiled
-            torch.compiler.set_stance("force_eager")
+    print(f"{args.name}: {config['layers']} layers, {config['parameters']:,} parameters; "
+          f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images of {classes} "
+          f"classes; {maker}; {len(log)} epochs done", flush=True)
 
     # ---- loop
     lr_max, lr_min = args.lr * args.lr_scale, args.lr_min * args.lr_scale
     for epoch in range(len(log), args.epochs):
-        if diverged(log):
-            break
         start = time.perf_counter()
         # Seeded anew in every epoch, so that a resumed run draws what it would have drawn.
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        plans = draw(n, device)
+        np.random.seed([args.seed, epoch])  # for forks that draw with numpy
+        plans = draw_plan(n, device)
         if args.no_augment:
             plans[1:3] = 4  # the middle crop,
             plans[3] = 0  # not mirrored
         totals = torch.zeros(2, device=device)  # of the steps' losses and accuracies
-        title = f"{args.name}: epoch {epoch + 1:3}/{args.epochs}"
-        for i, plan in enumerate(progress(plans.split(args.batch_size, dim=1), title)):
-            # The paper's cosine counts epochs. The coursework's framework has since 2023 counted
-            # mini-batches with the same period, so that the rate swings and never comes down.
+        for i, plan in enumerate(plans.split(args.batch_size, dim=1)):
+            # In mini-batches, as the coursework counts since 2023, the rate never comes down.
             t = epoch if args.cosine == "epochs" else epoch * steps_per_epoch + i
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             x, y = normalise(augment(padded, plan)), labels[plan[0]]
-            totals += step(x, y)  # on the device: nothing waits for it
+            optimizer.zero_grad()
+            with autocast:
+                logits = forward(x).float()
+            loss = F.cross_entropy(logits, y)
+            loss.backward()
             optimizer.step()
+            accuracy = 100 * (logits.argmax(1) == y).float().mean()
+            totals += torch.stack([loss.detach(), accuracy])  # on the device: nothing waits
+            if sys.stdout.isatty() and i % 10 == 0:
+                step = f"{args.name}: epoch {epoch + 1}, step {i}/{steps_per_epoch}"
+                print(step[-79:], end="\r", flush=True)
 
+        # The gradients of the epoch's last mini-batch, as in Figure 1.
         flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()
-        rate = steps_per_epoch / (time.perf_counter() - start)  # tolist() has waited for the device
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
+        steps_per_s = steps_per_epoch / (time.perf_counter() - start)  # tolist() waited for the GPU
+        grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
         train_loss, train_acc = (totals / steps_per_epoch).tolist()
-        val_loss, val_acc = evaluate(model, *val, autocast).tolist()
+        val_loss, val_acc = evaluate(model, *val, autocast)
         row = {
             "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
-            "val_loss": val_loss, "val_acc": val_acc, "grad_norm": norm,
-            "seconds": time.perf_counter() - start, "steps_per_s": rate,
+            "val_loss": val_loss, "val_acc": val_acc, "grad_norm": grad_norm,
+            "seconds": time.perf_counter() - start, "steps_per_s": steps_per_s,
         }  # floats, because last.pt and result.json cannot hold what np.mean, say, returns
         log.append({"epoch": epoch + 1} | {key: float(value) for key, value in row.items()})
         grads.append({"epoch": epoch + 1} | dict(zip(layers, flow)))
-        if not diverged(log) and (state["best"] is None or val_acc > state["best"]["val_acc"]):
-            state["best"] = log[-1]
-            state["best_model"] = copy.deepcopy(model.state_dict())
+        finite = math.isfinite(train_loss + val_loss)
+        if finite and (state["best"] is None or val_acc > state["best"]["val_acc"]):
+            state |= {"best": log[-1], "best_model": copy.deepcopy(model.state_dict())}
             write(run / "best.pt", state["best_model"])
         write(run / "log.csv", csv_text(log))
         write(run / "grads.csv", csv_text(grads))
@@ -522,33 +378,27 @@ def main(argv=None):
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write(run / "last.pt", state)
         left = log[-1]["seconds"] * (args.epochs - epoch - 1) / 60
-        print(
-            f"{title}  lr {lr:.1e}  train {train_loss:.3f} {train_acc:5.2f} %  "
-            f"val {val_loss:.3f} {val_acc:5.2f} %  |grad| {norm:.1e}  "
-            f"{rate:.1f} steps/s  {left:.0f} min left"
-        )
+        print(f"{args.name}: epoch {epoch + 1:3}/{args.epochs}  lr {lr:.1e}  "
+              f"train {train_loss:.3f} {train_acc:5.2f} %  val {val_loss:.3f} {val_acc:5.2f} %  "
+              f"first layer's |grad| {flow[0]:.1e}  {steps_per_s:.1f} steps/s  {left:.0f} min left",
+              flush=True)
+        if not finite:
+            print(f"{args.name}: diverged")
+            break
 
     # ---- result: the test set, once, with the weights of the best validation accuracy
-    test_loss = test_acc = math.nan
+    result = {"epochs": len(log), "best": state["best"], "test_loss": None, "test_acc": None}
     if state["best"]:
         model.load_state_dict(state["best_model"])
-        test_loss, test_acc = evaluate(model, *test, autocast).tolist()
-    result = {
-        "name": args.name, "layers": model.num_layers, "parameters": parameters,
-        "epochs": len(log), "diverged": diverged(log), "final": log[-1], "best": state["best"],
-        "test_loss": test_loss, "test_acc": test_acc, "made_by": state["made_by"],
-    }
-    # JSON has no NaN: it becomes null.
-    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
+        result["test_loss"], result["test_acc"] = evaluate(model, *test, autocast)
+        print(f"{args.name}: best validation accuracy {state['best']['val_acc']:.2f} % in epoch "
+              f"{state['best']['epoch']}; test {result['test_acc']:.2f} %")
     write(run / "result.json", json.dumps(result, indent=1) + "\n")
-    print(f"{args.name}: {summary(result)}; see {run}")
+    print(f"{args.name}: finished; see {run}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, an epoch's line comes at once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's kill is a Ctrl-C
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\ntrain.py: interrupted; {RESUMES}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("\ntrain.py: interrupted; the same command resumes it")
