@@ -111,7 +111,7 @@ def curves(groups, panels, title, path):
                 axis.plot(x, paper[f"val_{metric}"], "--", color=colour, lw=0.8)
                 axis.plot(x, paper[f"train_{metric}"], "-.", color=colour, lw=0.8, alpha=0.55)
         axis.set(xlabel="epoch", ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         if metric == "loss":
             axis.set_ylim(bottom=0)
@@ -155,7 +155,7 @@ def gradient_flow(runs, title, path):
             tensors = [i for i, name in zip(x, names) if name.startswith(f"blocks.{end}.")]
             for axis in row:
                 axis.axvline(max(tensors, default=0) + 0.5, color="grey", lw=0.8, alpha=0.6)
-        ticks = plt.MaxNLocator(5, integer=True)
+        ticks = plt.MaxNLocator(5, integer=True, min_n_ticks=1)
         figure.colorbar(colour, ax=row[1], label="epoch", ticks=ticks)
     limits = np.array([axis.get_ylim() for axis in axes[:, 1]])
     for axis in axes[:, 1]:  # one scale, so that rows compare
