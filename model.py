@@ -80,8 +80,8 @@ class VGG(nn.Module):
         return [m for m in self.modules() if isinstance(m, nn.Conv2d)]
 
     def weight_layers(self):
-        """{name: module} of each conv, norm and linear layer (Figure 1's x), from input to output
-        if __init__ defines them in that order.
+        """{name: module} of each layer that has a weight (Figure 1's x), from input to output if
+        __init__ defines them in that order.
         """
         named = self.named_modules()
         return {name: m for name, m in named if getattr(m, "weight", None) is not None}

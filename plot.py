@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "Agg"  # before matplotlib: a notebook's own back end draws no files
+os.environ["MPLBACKEND"] = "Agg"  # before matplotlib: a notebook names one that may not be there
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -66,7 +66,9 @@ def note(runs):
     done, planned = len(runs[0]["log"]["epoch"]), settings["epochs"]
     text = f"{done} epochs" if done == planned else f"{done} of {planned} epochs"
     if not is_cifar100(runs[0]):
-        text += f" of other data ({settings['data']})"
+        text += f" of {settings['data']}"
+    if settings["limit"]:
+        text += f", limit {settings['limit']}"
     return f"{text}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
 
 
@@ -255,7 +257,7 @@ def read_seeds(folder, name):
 
     import train  # here, because torch takes seconds and comparing runs needs none of it
 
-    _, defaults = train.parse_args([])  # of flags that a run is older than
+    _, defaults = train.parse_args([])  # for flags newer than a run
 
     def kind(run):
         return len(run["log"]["epoch"]), defaults | run["config"]["settings"] | {"seed": 0}

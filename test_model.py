@@ -286,7 +286,8 @@ def test_a_run_is_the_papers_recipe(npz, tmp_path):
     text = "--epochs 2 --wd 1e-2 --lr-scale 2 --precision fp32 --seed 3 --residual"
     train.main(flags(text, npz, tmp_path))
     log, flow, test_loss = plain_loop(npz, seed=3, lr_max=2e-3, lr_min=4e-5, wd=1e-2, epochs=2)
-    ours = [list(row.values())[:7] for row in rows(tmp_path / "a/log.csv")]
+    columns = "epoch lr train_loss train_acc val_loss val_acc grad_norm".split()
+    ours = [[row[column] for column in columns] for row in rows(tmp_path / "a/log.csv")]
     np.testing.assert_allclose(np.array(ours, float), log, rtol=2e-3)
     ours = [list(row.values()) for row in rows(tmp_path / "a/grads.csv")]
     np.testing.assert_allclose(np.array(ours, float), flow, rtol=1e-2)
@@ -326,24 +327,16 @@ def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
     assert (tmp_path / "a/last.pt").stat().st_mtime_ns == before
 
 
-def start(args, out):
-    """train.py in a process of its own, once out/a/last.pt is there."""
-    line = [sys.executable, HERE / "train.py", *args]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not (out / "a/last.pt").exists() and time.time() < deadline:
-        time.sleep(0.005)
-    return process
-
-
 def test_killed_and_resumed_is_the_same(npz, tmp_path):
     text = "--bn --blocks 2 --epochs 20 --wd 1e-3"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(flags(text, npz, whole))
-    process = start(flags(text, npz, killed), killed)
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags(text, npz, killed)])
+    while process.poll() is None and not (killed / "a/last.pt").exists():
+        time.sleep(0.005)
     time.sleep(0.1)
     process.kill()
-    process.communicate()
+    process.wait()
     assert 1 <= len(rows(killed / "a/log.csv")) < 20  # it was killed in the middle
     for file in ("best.pt", "last.pt"):
         torch.load(killed / "a" / file, weights_only=True)
@@ -361,16 +354,16 @@ def test_killed_and_resumed_is_the_same(npz, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_what_a_fork_draws_with_numpy_is_drawn_again(npz, tmp_path, monkeypatch):
-    """Mixup, say: a run that was interrupted in its second epoch repeats that epoch's numbers."""
+def test_numpy_is_seeded_in_every_epoch(npz, tmp_path, monkeypatch):
+    """For mixup, say: an epoch that was interrupted has the same numbers again."""
     drawn = []
     augment = train.augment
 
-    def mixup(padded, plan):
+    def mixup(*args):
         drawn.append(np.random.beta(1, 1))
         if len(drawn) == 10:
             raise KeyboardInterrupt
-        return augment(padded, plan)
+        return augment(*args)
 
     monkeypatch.setattr(train, "augment", mixup)
     with pytest.raises(KeyboardInterrupt):
@@ -494,7 +487,9 @@ def sweep(tmp_path):
         python = tmp_path / "python"
         python.write_text(f'#!/bin/sh\necho "$@"\n{code}\n')
         python.chmod(0o755)
-        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        unset = {"JOBS": "", "SEEDS": "", "SLURM_ARRAY_TASK_ID": ""}
+        env = {**os.environ, **unset, "PATH": path, **env}
         options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         command = ["bash", HERE / "sweep.sh", *args]
         return subprocess.Popen(command, text=True, cwd=tmp_path, env=env, **options)
@@ -513,7 +508,7 @@ def test_sweep_has_the_papers_runs():
     assert [line.split()[0] for line in lines] == [*plot.PAPER, *plot.EXTRAS]
     for name, *options in map(str.split, lines):
         args, _ = train.parse_args(options)
-        layers, _ = SIZES[args.stages, args.blocks, args.bn]
+        layers = VGG(args.stages, args.blocks).num_layers
         assert layers == int(re.match(r"(?:cw21_)?vgg(\d+)", name)[1])
         if "_rn" in name:
             assert args.bn and args.residual
@@ -591,8 +586,8 @@ def test_tables_and_figures(runs, tmp_path, capsys):
     values = [float(log[-1]["val_acc"]) for log in logs]
     assert cells["VGG08"][3] == "48.60"
     assert cells["VGG08"][4] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-    assert cells["VGG08"][-1] == "2 epochs of other data (synthetic), 3 seeds"
-    assert cells["VGG38"][-1] == "1 of 2 epochs of other data (synthetic), 1 seed"
+    assert cells["VGG08"][-1] == "2 epochs of synthetic, limit 100, 3 seeds"
+    assert cells["VGG38"][-1] == "1 of 2 epochs of synthetic, limit 100, 1 seed"
     assert cells["VGG38"][8] == f"{float(rows(runs / 'vgg38/log.csv')[0]['val_loss']):.2f}"
     assert cells["VGG68"][1:] == ["86.86", "–", "66.76", "–", "0.44", "–", "1.30", "–", "–"]
     milestones = table(tmp_path / "out/tables.md", 3)["VGG08"]
@@ -608,7 +603,13 @@ def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
     path.write_text(json.dumps(config))
     found = plot.read_seeds(runs, "vgg08")
     assert len(found) == 2 and "left out" in capsys.readouterr().out
-    assert not any(run["paper"] for run in found)  # for it was made with CIFAR-100
+    assert not any(run["paper"] for run in found)
+
+
+def test_what_counts_as_cifar100():
+    for data, limit in [("cifar100", None), ("cifar100", 100), ("cifar100_lt.npz", None)]:
+        run = {"config": {"settings": {"data": data, "limit": limit}}}
+        assert plot.is_cifar100(run) == (data == "cifar100" and not limit)
 
 
 def test_compare_any_runs(runs, tmp_path, capsys):

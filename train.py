@@ -90,7 +90,7 @@ def load_data(source, data_dir="data"):
             sys.exit(f"train.py: {source} has {images.dtype} {images.shape} images and "
                      f"{labels.dtype} {labels.shape} labels, not uint8 (N, 32, 32, 3) and N "
                      "integers from 0")
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view, in channels_last order
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view
         parts.append((images, torch.from_numpy(labels.astype(np.int64))))
     (images, labels), test = parts
     kept, held_out = split_indices(len(images))
@@ -193,7 +193,7 @@ def parse_args(argv=None):
     flag("--filters", type=int, default=32, help="channels of every conv")
     flag("--bn", action="store_true", help="batch norm after every conv, not only the first")
     flag("--residual", action="store_true", help="add each block's input to its output")
-    flag("--plain-reduction", action="store_true", help="--residual, but not where the map shrinks")
+    flag("--plain-reduction", action="store_true", help="no skip where the map shrinks")
     flag("--act", choices=ACTIVATIONS, default="leaky_relu", help="activation, everywhere")
     flag("--init", choices=INITS, default="default", help="initial weights, see model.py")
     # training
@@ -266,7 +266,7 @@ def main(argv=None):
         sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
     if (run / "config.json").exists():
         was = json.loads((run / "config.json").read_text())["settings"]
-        was = parse_args([])[1] | was  # a flag that the run is older than had its default
+        was = parse_args([])[1] | was  # flags newer than the run had their default
         changed = [f"{key} {was[key]}" for key in was if was[key] != settings.get(key)]
         if changed:
             sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that, another "
@@ -327,17 +327,20 @@ def main(argv=None):
     # ---- loop
     lr_max, lr_min = args.lr * args.lr_scale, args.lr_min * args.lr_scale
     for epoch in range(len(log), args.epochs):
+        if log and not math.isfinite(log[-1]["train_loss"] + log[-1]["val_loss"]):
+            print(f"{args.name}: diverged")
+            break
         start = time.perf_counter()
         # Seeded anew in every epoch, so that a resumed run draws what it would have drawn.
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        np.random.seed([args.seed, epoch])  # for forks that draw with numpy
+        np.random.seed([args.seed, epoch])  # for forks that draw with np.random
         plans = draw_plan(n, device)
         if args.no_augment:
             plans[1:3] = 4  # the middle crop,
             plans[3] = 0  # not mirrored
         totals = torch.zeros(2, device=device)  # of the steps' losses and accuracies
         for i, plan in enumerate(plans.split(args.batch_size, dim=1)):
-            # In mini-batches, as the coursework counts since 2023, the rate never comes down.
+            # In mini-batches, as the coursework counts since 2023, the rate swings to the end.
             t = epoch if args.cosine == "epochs" else epoch * steps_per_epoch + i
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
@@ -382,9 +385,6 @@ def main(argv=None):
               f"train {train_loss:.3f} {train_acc:5.2f} %  val {val_loss:.3f} {val_acc:5.2f} %  "
               f"first layer's |grad| {flow[0]:.1e}  {steps_per_s:.1f} steps/s  {left:.0f} min left",
               flush=True)
-        if not finite:
-            print(f"{args.name}: diverged")
-            break
 
     # ---- result: the test set, once, with the weights of the best validation accuracy
     result = {"epochs": len(log), "best": state["best"], "test_loss": None, "test_acc": None}
