@@ -58,7 +58,7 @@ task=${SLURM_ARRAY_TASK_ID:-}
 [ -z "$task" ] || runs=$(echo "${chosen:-$(list)}" | sed -n "${task}p")
 train=$(dirname "$0")/train.py
 [ -e "$train" ] || train=train.py  # SLURM runs a copy of this file, in sbatch's folder
-# They make glibc keep a step's memory for the next one, which is faster on a CPU.
+# These two make glibc keep a step's memory for the next one, which is faster on a CPU.
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_MAX_=0
 JOBS=${JOBS:-1}
 if [ "$JOBS" -gt 1 ]; then  # each gets its share of the cores
