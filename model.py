@@ -1,5 +1,5 @@
 """The paper's VGG (sections 2 to 4): a stack of one kind of block, with options."""
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS = {"leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}  # the choices of --act
 INITS = ("default", "he", "dirac")  # the choices of --init
@@ -83,5 +83,5 @@ class VGG(nn.Module):
         """{name: module} of each layer that has a weight (Figure 1's x), from input to output if
         __init__ defines them in that order.
         """
-        named = self.named_modules()
-        return {name: m for name, m in named if getattr(m, "weight", None) is not None}
+        modules = self.named_modules()
+        return {name: m for name, m in modules if isinstance(getattr(m, "weight", 0), Tensor)}

@@ -90,13 +90,10 @@ def curves(groups, panels, title, path):
     A group is the seeds of one run: their mean, and the range of their validation as a band. Thin:
     the paper's own curve, if runs[0]["paper"] has it.
     """
-    width = 6.4 * len(panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(width, 5.4), squeeze=False, layout="constrained"
-    )
-    wheel = COLOURS
-    if len(groups) > len(wheel):
-        wheel = [plt.cm.turbo(x) for x in np.linspace(0, 1, len(groups))]
+    size = (6.4 * len(panels), 5.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    many = len(groups) > len(COLOURS)
+    wheel = plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else COLOURS
     for axis, (metric, ylabel) in zip(axes[0], panels):
         for i, runs in enumerate(groups):
             colour = wheel[i] if runs[0]["colour"] is None else COLOURS[runs[0]["colour"]]
@@ -134,10 +131,8 @@ def gradient_flow(runs, title, path):
     """The paper's Figure 1: mean |gradient| of each weight tensor, input to output, a line an
     epoch; on the left linear, as in the paper, on the right logarithmic. Grey: where a stage ends.
     """
-    height = 3.4 * len(runs)
-    figure, axes = plt.subplots(
-        len(runs), 2, figsize=(12.8, height), squeeze=False, layout="constrained"
-    )
+    size = (12.8, 3.4 * len(runs))
+    figure, axes = plt.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
     for row, run in zip(axes, runs):
         names = list(run["grads"])
         flow = np.stack(list(run["grads"].values()), axis=1)  # (epochs, layers)
@@ -244,9 +239,9 @@ MILESTONES = (1, 2, 5, 10, 30, 100)  # epochs
 
 
 def read_seeds(folder, name):
-    """The runs NAME, NAME-seed1, ... in folder: of those there, the ones that are like the longest.
+    """The runs NAME, NAME-seed1, ... in folder, for a mean over runs that differ in the seed alone.
 
-    The others are named and left out, for a mean is over runs that differ in the seed alone.
+    Those that are not like the longest, or repeat a seed, are named and left out.
     """
     label, *_, colour = (PAPER | EXTRAS)[name]
     own = re.compile(re.escape(name) + r"(-seed\d+)?")
@@ -259,16 +254,22 @@ def read_seeds(folder, name):
 
     _, defaults = train.parse_args([])  # for flags newer than a run
 
-    def kind(run):
-        return len(run["log"]["epoch"]), defaults | run["config"]["settings"] | {"seed": 0}
-
-    longest = kind(max(runs, key=lambda run: len(run["log"]["epoch"])))
+    longest = max(runs, key=lambda run: len(run["log"]["epoch"]))
+    theirs = defaults | longest["config"]["settings"]
     paper = PAPER_LOGS / f"{name}.csv"
+    seeds = {}
     for run in runs:
         run["paper"] = read_csv(paper) if paper.exists() and is_cifar100(run) else None
-        if kind(run) != longest:
-            print(f"plot.py: left out, not as long or other settings: {run['config']['command']}")
-    return [run for run in runs if kind(run) == longest]
+        ours = defaults | run["config"]["settings"]
+        keys = [*defaults, "data_crc"]  # the data file's checksum, which older runs do not have
+        both = [key for key in keys if key in ours and key in theirs]
+        differ = {key for key in both if ours[key] != theirs[key]}
+        as_long = len(run["log"]["epoch"]) == len(longest["log"]["epoch"])
+        if as_long and differ <= {"seed"} and ours["seed"] not in seeds:
+            seeds[ours["seed"]] = run
+        else:
+            print(f"plot.py: left out for its length, settings or seed: {run['config']['command']}")
+    return list(seeds.values())
 
 
 def read_all(folder):

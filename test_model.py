@@ -74,8 +74,7 @@ def test_forward_is_algorithm_1(bn, residual, act):
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     p = dict(model.named_parameters())
 
-    def activate(t):
-        return torch.sigmoid(t) if act == "sigmoid" else torch.where(t > 0, t, 0.01 * t)
+    activate = torch.sigmoid if act == "sigmoid" else F.leaky_relu
 
     def conv(t, name):
         return F.conv2d(t, p[f"{name}.weight"], p.get(f"{name}.bias"), padding=1)
@@ -83,13 +82,7 @@ def test_forward_is_algorithm_1(bn, residual, act):
     def norm(t, name):
         if f"{name}.weight" not in p:
             return t
-        mean = t.mean((0, 2, 3), keepdim=True)
-        var = t.var((0, 2, 3), keepdim=True, correction=0)
-        scale, shift = p[f"{name}.weight"][:, None, None], p[f"{name}.bias"][:, None, None]
-        return (t - mean) / (var + 1e-5).sqrt() * scale + shift
-
-    def halve(t):
-        return (t[..., ::2, ::2] + t[..., 1::2, ::2] + t[..., ::2, 1::2] + t[..., 1::2, 1::2]) / 4
+        return F.batch_norm(t, None, None, p[f"{name}.weight"], p[f"{name}.bias"], training=True)
 
     h = activate(norm(conv(x, "conv"), "norm"))
     for i, reduce in enumerate([False, True, False, True]):
@@ -98,7 +91,7 @@ def test_forward_is_algorithm_1(bn, residual, act):
         assert (f"{block}.norm1.weight" in p) == (f"{block}.norm2.weight" in p) == bn
         out = activate(norm(conv(h, f"{block}.conv1"), f"{block}.norm1"))
         if reduce:
-            out, h = halve(out), halve(h)
+            out, h = F.avg_pool2d(out, 2), F.avg_pool2d(h, 2)
         out = norm(conv(out, f"{block}.conv2"), f"{block}.norm2")
         h = activate(out + h if residual else out)
     logits = h.mean((2, 3)) @ p["linear.weight"].T + p["linear.bias"]
@@ -181,14 +174,10 @@ def test_augmentation_is_pad_crop_flip():
     plan = train.draw_plan(n, "cpu")
     out = train.augment(padded, plan)
     assert out.dtype == torch.uint8 and sorted(plan[0].tolist()) == list(range(n))
-    seen = {}
     for i, (source, row, column, flip) in enumerate(plan[:4].T.tolist()):
         crop = padded[source, :, row : row + 32, column : column + 32]
         assert torch.equal(out[i], crop.flip(2) if flip else crop)
-        seen[row, column, flip] = seen.get((row, column, flip), 0) + 1
-    assert len(seen) == 9 * 9 * 2  # every offset occurs, mirrored and not, and evenly:
-    chi2 = sum((count - n / 162) ** 2 / (n / 162) for count in seen.values())
-    assert 161 - 5 * math.sqrt(2 * 161) < chi2 < 161 + 5 * math.sqrt(2 * 161)
+    assert len(plan[1:4].unique(dim=1).T) == 9 * 9 * 2  # every offset occurs, mirrored and not
 
 
 def test_normalisation_is_the_frameworks():
@@ -246,7 +235,7 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
     torch.manual_seed(seed)
     model = VGG(stages=3, blocks=0, filters=8, residual=True, classes=10)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=wd, foreach=False)
-    log, flow, best_acc, best_test_loss = [], [], -1, None
+    log, flow, test_losses = [], [], []
     for epoch in range(epochs):
         lr = lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr
@@ -269,7 +258,7 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
         model.eval()
         with torch.no_grad():
             logits = model(train.normalise(val))
-            test_loss = F.cross_entropy(model(train.normalise(test)), test_labels).item()
+            test_losses.append(F.cross_entropy(model(train.normalise(test)), test_labels).item())
         model.train()
         val_loss = F.cross_entropy(logits, val_labels).item()
         val_acc = 100 * (logits.argmax(1) == val_labels).float().mean().item()
@@ -277,9 +266,7 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
         log.append([epoch + 1, lr, np.mean(losses), np.mean(hits), val_loss, val_acc, norm])
         layers = [m for m in model.modules() if hasattr(m, "weight")]
         flow.append([epoch + 1, *(layer.weight.grad.abs().mean().item() for layer in layers)])
-        if val_acc > best_acc:
-            best_acc, best_test_loss = val_acc, test_loss
-    return log, flow, best_test_loss
+    return log, flow, test_losses[np.argmax([row[5] for row in log])]
 
 
 def test_a_run_is_the_papers_recipe(npz, tmp_path):
@@ -303,17 +290,16 @@ def test_what_the_cosine_counts(npz, tmp_path, cosine, times):
 
 
 def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
-    text = "--data synthetic --blocks 0 --bn --residual --epochs 2 --lr 5e-3 --device cpu"
-    train.main([*text.split(), "--out", str(tmp_path)])
-    run = tmp_path / "vgg08_blocks=0_bn_residual_epochs=2_lr=0.005_data=synthetic"
+    text = "--data synthetic --limit 3000 --blocks 0 --bn --residual --epochs 3 --lr 5e-3"
+    train.main([*text.split(), *"--precision fp32 --device cpu --out".split(), str(tmp_path)])
+    [run] = tmp_path.glob("vgg08_blocks=0_bn_residual_epochs=3_lr=0.005_*_data=synthetic_limit=3000")
     result = read_json(run / "result.json")
     assert result["best"]["val_acc"] > 30 and result["test_acc"] > 30  # chance is 1 %
-    assert result["epochs"] == 2
+    assert result["epochs"] == 3
     model = VGG(stages=3, blocks=0, bn=True, residual=True)
     model.load_state_dict(torch.load(run / "best.pt", weights_only=True))
     _, _, test = train.load_data("synthetic")
-    bf16 = read_json(run / "config.json")["settings"]["precision"] == "bf16"
-    figures = train.evaluate(model, *test, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+    figures = train.evaluate(model, *test, torch.autocast("cpu", enabled=False))
     theirs = [result["test_loss"], result["test_acc"]]
     np.testing.assert_allclose(figures, theirs, rtol=1e-2)
 
@@ -321,7 +307,6 @@ def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
 def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
     train.main(flags("--epochs 1", npz, tmp_path))
     before = (tmp_path / "a/last.pt").stat().st_mtime_ns
-    capsys.readouterr()
     train.main(flags("--epochs 1", npz, tmp_path))
     assert "a: finished before" in capsys.readouterr().out
     assert (tmp_path / "a/last.pt").stat().st_mtime_ns == before
@@ -338,8 +323,6 @@ def test_killed_and_resumed_is_the_same(npz, tmp_path):
     process.kill()
     process.wait()
     assert 1 <= len(rows(killed / "a/log.csv")) < 20  # it was killed in the middle
-    for file in ("best.pt", "last.pt"):
-        torch.load(killed / "a" / file, weights_only=True)
     train.main(flags(text, npz, killed))
     logs = [rows(out / "a/log.csv") for out in (whole, killed)]
     for row in logs[0] + logs[1]:
@@ -372,6 +355,24 @@ def test_numpy_is_seeded_in_every_epoch(npz, tmp_path, monkeypatch):
     assert len(set(drawn[:8])) == 8 and len(drawn) == 18 and drawn[8:10] == drawn[10:12]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_frozen_or_weight_normed_layer_has_nan(npz, tmp_path, monkeypatch):
+    def fork(*args, **options):
+        model = VGG(*args, **options)
+        model.conv.requires_grad_(False)
+        torch.nn.utils.parametrizations.weight_norm(model.linear)
+        return model
+
+    monkeypatch.setattr(train, "VGG", fork)
+    train.main(flags("--epochs 1", npz, tmp_path))
+    _, conv, *others, linear = map(float, rows(tmp_path / "a/grads.csv")[0].values())
+    assert math.isnan(conv) and math.isnan(linear) and min(others) > 0
+
+
+def test_a_column_of_some_epochs_stays():
+    assert train.csv_text([{"a": 1}, {"a": 2, "b": 3}, {"a": 4}]) == "a,b\n1,nan\n2,3\n4,nan\n"
+
+
 def test_diverged_is_a_result(npz, tmp_path):
     train.main(flags("--lr 1e12 --epochs 5", npz, tmp_path))
     result = read_json(tmp_path / "a/result.json")
@@ -402,6 +403,8 @@ def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path):
     assert (tmp_path / "a/last.pt").read_bytes() == before
     elsewhere = shutil.copy(npz, tmp_path)  # the same file in another folder is the same data
     train.main(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
+    np.savez(elsewhere, **dict(zip(train.ARRAYS, train.synthetic(200, 100, 10))))  # this is not
+    assert "made with data_crc" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
 
 
 def test_a_new_flag_disowns_no_earlier_run(npz, tmp_path):
@@ -457,8 +460,7 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_run_is_trained_by_one_process(npz, tmp_path):
-    (tmp_path / "a").mkdir()
-    with FileLock(tmp_path / "a/.lock"):
+    with FileLock(tmp_path / ".a.lock"):
         assert "another process trains" in refused(flags("", npz, tmp_path))
 
 
@@ -481,26 +483,21 @@ def test_compiled_trains_as_eager_does(npz, tmp_path):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Starts sweep.sh with a python that prints its arguments and runs CODE (shell)."""
+    """Runs sweep.sh with a python that prints its arguments and runs CODE (shell)."""
 
-    def start(*args, code="", **env):
+    def run(*args, code="", **env):
         python = tmp_path / "python"
         python.write_text(f'#!/bin/sh\necho "$@"\n{code}\n')
         python.chmod(0o755)
         path = f"{tmp_path}:{os.environ['PATH']}"
         unset = {"JOBS": "", "SEEDS": "", "SLURM_ARRAY_TASK_ID": ""}
         env = {**os.environ, **unset, "PATH": path, **env}
-        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
         command = ["bash", HERE / "sweep.sh", *args]
-        return subprocess.Popen(command, text=True, cwd=tmp_path, env=env, **options)
+        done = subprocess.run(command, cwd=tmp_path, env=env, **options)
+        return done.returncode, done.stdout, done.stderr
 
-    return start
-
-
-def ended(process):
-    """(status, stdout, stderr) of a process, once it has ended."""
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    return run
 
 
 def test_sweep_has_the_papers_runs():
@@ -516,7 +513,7 @@ def test_sweep_has_the_papers_runs():
 
 def test_sweep_runs_the_papers_runs_and_names_the_failed(sweep):
     code = 'case "$*" in *"--name vgg38_bn --"*) exit 1 ;; esac'
-    status, out, err = ended(sweep(code=code))
+    status, out, err = sweep(code=code)
     assert re.findall(r"--name (\S+)", out) == list(plot.PAPER)
     assert status != 0 and "failed: vgg38_bn\n" in err
 
@@ -524,7 +521,7 @@ def test_sweep_runs_the_papers_runs_and_names_the_failed(sweep):
 def test_sweep_hands_on_flags_jobs_and_seeds(sweep):
     code = 'echo "threads $OMP_NUM_THREADS"'
     args = ["vgg08", "vgg106", "--", "--out", "a  b"]
-    status, out, _ = ended(sweep(*args, code=code, JOBS="2", SEEDS="0 7", OMP_NUM_THREADS=""))
+    status, out, _ = sweep(*args, code=code, JOBS="2", SEEDS="0 7", OMP_NUM_THREADS="")
     runs = [("vgg08", "0"), ("vgg08-seed7", "7"), ("vgg106", "0"), ("vgg106-seed7", "7")]
     assert sorted(re.findall(r"--name (\S+) .*--seed (\d)", out)) == runs
     assert status == 0 and out.count("--out a  b") == 4  # one argument, blanks and all
@@ -532,16 +529,16 @@ def test_sweep_hands_on_flags_jobs_and_seeds(sweep):
 
 
 def test_a_slurm_task_is_a_line_of_the_list(sweep):
-    _, out, _ = ended(sweep(SLURM_ARRAY_TASK_ID="11"))
+    _, out, _ = sweep(SLURM_ARRAY_TASK_ID="11")
     assert "--name vgg38_rn_lr100 --bn --residual --wd 1e-3 --lr-scale 100 --seed 0" in out
-    _, out, _ = ended(sweep(SLURM_ARRAY_TASK_ID="17"))
+    _, out, _ = sweep(SLURM_ARRAY_TASK_ID="17")
     assert re.findall(r"--name (\S+)", out) == ["vgg106"]
-    status, out, _ = ended(sweep(SLURM_ARRAY_TASK_ID="1000"))
+    status, out, _ = sweep(SLURM_ARRAY_TASK_ID="1000")
     assert status == 2 and not out  # and no run at all
 
 
 def test_sweep_refuses_what_it_does_not_know(sweep):
-    status, out, err = ended(sweep("none-such"))
+    status, out, err = sweep("none-such")
     assert status == 2 and "none-such" in err and not out
 
 
@@ -597,12 +594,17 @@ def test_tables_and_figures(runs, tmp_path, capsys):
 
 
 def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
-    path = runs / "vgg08-seed2/config.json"
-    config = read_json(path)
-    config["settings"]["wd"] = 0.01
-    path.write_text(json.dumps(config))
+    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed3")  # that is seed 1 again
+    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed4")
+    added = [("", {"data_crc": 1}), ("-seed1", {"a_flag_that_is_gone": 1})]
+    added += [("-seed2", {"wd": 0.01}), ("-seed4", {"data_crc": 2, "seed": 4})]
+    for suffix, settings in added:
+        path = runs / f"vgg08{suffix}/config.json"
+        config = read_json(path)
+        config["settings"] |= settings
+        path.write_text(json.dumps(config))
     found = plot.read_seeds(runs, "vgg08")
-    assert len(found) == 2 and "left out" in capsys.readouterr().out
+    assert len(found) == 2 and capsys.readouterr().out.count("left out") == 3
     assert not any(run["paper"] for run in found)
 
 

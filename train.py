@@ -12,6 +12,7 @@ import math
 import shlex
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -163,10 +164,11 @@ def write(path, content):
 
 
 def csv_text(rows):
-    """Rows, dicts of numbers, as CSV with the columns of the last one."""
-    lines = [",".join(rows[-1])]
+    """Rows, dicts of numbers, as CSV; a row that lacks a column has nan there."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)]
     for row in rows:
-        lines.append(",".join(f"{row.get(key, math.nan):.8g}" for key in rows[-1]))
+        lines.append(",".join(f"{row.get(key, math.nan):.8g}" for key in columns))
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +211,7 @@ def parse_args(argv=None):
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 if native")
     # data
     flag("--data", default="cifar100", help="cifar100, synthetic or FILE.npz")
-    flag("--limit", type=int, default=None, help="only so many images of each part")
+    flag("--limit", type=int, default=None, help="only the first so many images of each part")
     # where and how
     flag("--data-dir", default="data", help="where CIFAR-100 is, or is downloaded to")
     flag("--out", type=Path, default="runs", help="folder of the runs")
@@ -227,9 +229,9 @@ def parse_args(argv=None):
     words = [f"vgg{args.stages * (2 * args.blocks + 2) + 2:02}"]  # two convs a block
     for key, value in settings.items():
         if value != p.get_default(key):
-            words.append(key if value is True else f"{key}={value}")
+            words.append(key if value is True else f"{key}={value}".replace("/", "-"))
     args.name = args.name or "_".join(words)
-    return args, settings
+    return args, json.loads(json.dumps(settings, default=str))  # as config.json has them
 
 
 def hardware(device):
@@ -251,15 +253,17 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # on a CPU a step with weights below 1e-38 takes 3 times longer
     machine, native_bf16 = hardware(device)
     if args.precision == "auto":
-        settings["precision"] = "bf16" if native_bf16 else "fp32"
+        args.precision = settings["precision"] = "bf16" if native_bf16 else "fp32"
+    if Path(args.data).is_file():  # another file of the same name is other data
+        settings["data_crc"] = zlib.crc32(Path(args.data).read_bytes())
     # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # ---- the run's folder
     run = args.out / args.name
     run.mkdir(parents=True, exist_ok=True)
-    # Held while main() runs; a singleton, so that a notebook can call it again.
-    lock = FileLock(run / ".lock", is_singleton=True)
+    # Beside the folder, which may be deleted; a singleton, so that a notebook can call main() again
+    lock = FileLock(run.with_name(f".{run.name}.lock"), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -269,8 +273,8 @@ def main(argv=None):
         was = parse_args([])[1] | was  # flags newer than the run had their default
         changed = [f"{key} {was[key]}" for key in was if was[key] != settings.get(key)]
         if changed:
-            sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that, another "
-                     "--name or --out, or delete it")
+            sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that with --name "
+                     f"{args.name}, another --name or --out, or delete it")
     if (run / "result.json").exists():
         print(f"{args.name}: finished before; see {run}, or delete it to start over")
         return
@@ -292,32 +296,29 @@ def main(argv=None):
     )
     model = model.to(device, memory_format=torch.channels_last)
     layers = model.weight_layers()
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True)
     # The compiled network shares the weights of `model`, which evaluate() uses as it is.
-    forward = model
-    if args.compile:
-        forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    forward = torch.compile(model, mode="reduce-overhead", dynamic=False) if args.compile else model
 
     # ---- start, or resume from last.pt, which holds `state`
     state = {"log": [], "grads": [], "made_by": [], "best": None}
     if (run / "last.pt").exists():
-        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
+        state |= torch.load(run / "last.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     log, grads = state["log"], state["grads"]
-    maker = f"{machine}, {settings['precision']}, torch {torch.__version__}"
+    maker = f"{machine}, {args.precision}, torch {torch.__version__}"
     if args.compile:
         maker += ", compiled"
+    elif device.type == "cuda":
+        print(f"{args.name}: --compile is faster (4 times on an H100), after half a minute")
     if maker not in state["made_by"]:  # several if a run resumed elsewhere
         state["made_by"].append(maker)
     config = {
         "name": args.name, "layers": model.num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": settings, "steps_per_epoch": steps_per_epoch,
-        "made_by": state["made_by"],
+        "settings": settings, "steps_per_epoch": steps_per_epoch, "made_by": state["made_by"],
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
     print(f"{args.name}: {config['layers']} layers, {config['parameters']:,} parameters; "
@@ -340,7 +341,7 @@ def main(argv=None):
             plans[3] = 0  # not mirrored
         totals = torch.zeros(2, device=device)  # of the steps' losses and accuracies
         for i, plan in enumerate(plans.split(args.batch_size, dim=1)):
-            # In mini-batches, as the coursework counts since 2023, the rate swings to the end.
+            # Counted in mini-batches, as by the coursework since 2023, the rate swings to the end.
             t = epoch if args.cosine == "epochs" else epoch * steps_per_epoch + i
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
@@ -352,17 +353,20 @@ def main(argv=None):
             loss = F.cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
-            accuracy = 100 * (logits.argmax(1) == y).float().mean()
+            # Not y, which a fork may mix.
+            accuracy = 100 * (logits.argmax(1) == labels[plan[0]]).float().mean()
             totals += torch.stack([loss.detach(), accuracy])  # on the device: nothing waits
             if sys.stdout.isatty() and i % 10 == 0:
                 step = f"{args.name}: epoch {epoch + 1}, step {i}/{steps_per_epoch}"
                 print(step[-79:], end="\r", flush=True)
 
-        # The gradients of the epoch's last mini-batch, as in Figure 1.
-        flow = torch.stack([layer.weight.grad.abs().mean() for layer in layers.values()]).tolist()
-        steps_per_s = steps_per_epoch / (time.perf_counter() - start)  # tolist() waited for the GPU
-        grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-        train_loss, train_acc = (totals / steps_per_epoch).tolist()
+        train_loss, train_acc = (totals / steps_per_epoch).tolist()  # this waits for the GPU
+        steps_per_s = steps_per_epoch / (time.perf_counter() - start)
+        # The gradients of the epoch's last mini-batch, as in Figure 1; nan for a frozen layer.
+        last = [layer.weight.grad for layer in layers.values()]
+        flow = [math.nan if grad is None else grad.abs().mean().item() for grad in last]
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        grad_norm = torch.stack(norms).norm().item()
         val_loss, val_acc = evaluate(model, *val, autocast)
         row = {
             "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
