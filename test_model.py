@@ -404,7 +404,7 @@ def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path):
     elsewhere = shutil.copy(npz, tmp_path)  # the same file in another folder is the same data
     train.main(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
     np.savez(elsewhere, **dict(zip(train.ARRAYS, train.synthetic(200, 100, 10))))  # this is not
-    assert "made with data_crc" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
+    assert "made with data_checksum" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
 
 
 def test_a_new_flag_disowns_no_earlier_run(npz, tmp_path):
@@ -596,8 +596,8 @@ def test_tables_and_figures(runs, tmp_path, capsys):
 def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed3")  # that is seed 1 again
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed4")
-    added = [("", {"data_crc": 1}), ("-seed1", {"a_flag_that_is_gone": 1})]
-    added += [("-seed2", {"wd": 0.01}), ("-seed4", {"data_crc": 2, "seed": 4})]
+    added = [("", {"data_checksum": 1}), ("-seed1", {"a_flag_that_is_gone": 1})]
+    added += [("-seed2", {"wd": 0.01}), ("-seed4", {"data_checksum": 2, "seed": 4})]
     for suffix, settings in added:
         path = runs / f"vgg08{suffix}/config.json"
         config = read_json(path)

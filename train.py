@@ -255,7 +255,7 @@ def main(argv=None):
     if args.precision == "auto":
         args.precision = settings["precision"] = "bf16" if native_bf16 else "fp32"
     if Path(args.data).is_file():  # another file of the same name is other data
-        settings["data_crc"] = zlib.crc32(Path(args.data).read_bytes())
+        settings["data_checksum"] = zlib.crc32(Path(args.data).read_bytes())
     # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
