@@ -292,7 +292,7 @@ def test_what_the_cosine_counts(npz, tmp_path, cosine, times):
 def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
     text = "--data synthetic --limit 3000 --blocks 0 --bn --residual --epochs 3 --lr 5e-3"
     train.main([*text.split(), *"--precision fp32 --device cpu --out".split(), str(tmp_path)])
-    [run] = tmp_path.glob("vgg08_blocks=0_bn_residual_epochs=3_lr=0.005_*_data=synthetic_limit=3000")
+    [run] = tmp_path.glob("vgg08_blocks=0_bn_residual_epochs=3_lr=0.005_*_limit=3000")
     result = read_json(run / "result.json")
     assert result["best"]["val_acc"] > 30 and result["test_acc"] > 30  # chance is 1 %
     assert result["epochs"] == 3
