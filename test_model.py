@@ -1,5 +1,4 @@
 """pytest -q: two to three minutes on two cores, no network, no data set."""
-
 import csv
 import json
 import math
@@ -596,16 +595,17 @@ def test_tables_and_figures(runs, tmp_path, capsys):
 def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed3")  # that is seed 1 again
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed4")
-    added = [("", {"data_checksum": 1}), ("-seed1", {"a_flag_that_is_gone": 1})]
-    added += [("-seed2", {"wd": 0.01}), ("-seed4", {"data_checksum": 2, "seed": 4})]
-    for suffix, settings in added:
+    shutil.copytree(runs / "vgg38", runs / "vgg08-seed5")  # that has an epoch less
+    added = {"": {"data_checksum": 1, "gone": 1}, "-seed1": {"gone": 2}, "-seed2": {"wd": 0.01}}
+    added |= {"-seed4": {"data_checksum": 2, "seed": 4}, "-seed5": {"blocks": 0, "seed": 5}}
+    for suffix, settings in added.items():
         path = runs / f"vgg08{suffix}/config.json"
         config = read_json(path)
         config["settings"] |= settings
         path.write_text(json.dumps(config))
     found = plot.read_seeds(runs, "vgg08")
-    assert len(found) == 2 and capsys.readouterr().out.count("left out") == 3
-    assert not any(run["paper"] for run in found)
+    assert [run["config"]["settings"].get("gone") for run in found] == [1, 2]
+    assert capsys.readouterr().out.count("left out") == 4 and not any(r["paper"] for r in found)
 
 
 def test_what_counts_as_cifar100():
