@@ -299,8 +299,7 @@ def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
     model.load_state_dict(torch.load(run / "best.pt", weights_only=True))
     _, _, test = train.load_data("synthetic")
     figures = train.evaluate(model, *test, torch.autocast("cpu", enabled=False))
-    theirs = [result["test_loss"], result["test_acc"]]
-    np.testing.assert_allclose(figures, theirs, rtol=1e-2)
+    np.testing.assert_allclose(figures, [result["test_loss"], result["test_acc"]], rtol=1e-2)
 
 
 def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
@@ -461,6 +460,7 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 def test_a_run_is_trained_by_one_process(npz, tmp_path):
     with FileLock(tmp_path / ".a.lock"):
         assert "another process trains" in refused(flags("", npz, tmp_path))
+    assert not (tmp_path / "a").exists()  # if it was deleted, the other process does not go on
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")

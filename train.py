@@ -261,13 +261,13 @@ def main(argv=None):
 
     # ---- the run's folder
     run = args.out / args.name
-    run.mkdir(parents=True, exist_ok=True)
     # Beside the folder, which may be deleted; a singleton, so that a notebook can call main() again
     lock = FileLock(run.with_name(f".{run.name}.lock"), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
+    run.mkdir(exist_ok=True)  # FileLock has made the folders above it
     if (run / "config.json").exists():
         was = json.loads((run / "config.json").read_text())["settings"]
         was = parse_args([])[1] | was  # flags newer than the run had their default
