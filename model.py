@@ -83,5 +83,5 @@ class VGG(nn.Module):
         """{name: module} of each layer that has a weight (Figure 1's x), from input to output if
         __init__ defines them in that order.
         """
-        modules = self.named_modules()
-        return {name: m for name, m in modules if isinstance(getattr(m, "weight", 0), Tensor)}
+        named = self.named_modules()
+        return {name: m for name, m in named if isinstance(getattr(m, "weight", None), Tensor)}

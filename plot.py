@@ -256,12 +256,12 @@ def read_seeds(folder, name):
 
     longest = max(runs, key=lambda run: len(run["log"]["epoch"]))
     theirs = defaults | longest["config"]["settings"]
+    keys = [*defaults, "data_checksum"]  # of a data file; older runs lack it
     paper = PAPER_LOGS / f"{name}.csv"
     seeds = {}
     for run in runs:
         run["paper"] = read_csv(paper) if paper.exists() and is_cifar100(run) else None
         ours = defaults | run["config"]["settings"]
-        keys = [*defaults, "data_checksum"]  # of a data file; older runs lack it
         both = [key for key in keys if key in ours and key in theirs]
         differ = {key for key in both if ours[key] != theirs[key]}
         as_long = len(run["log"]["epoch"]) == len(longest["log"]["epoch"])

@@ -346,15 +346,15 @@ def main(argv=None):
             lr = cosine_lr(t, args.epochs, lr_max, lr_min)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x, y = normalise(augment(padded, plan)), labels[plan[0]]
+            true = labels[plan[0]]  # for the accuracy, whatever a fork makes of y
+            x, y = normalise(augment(padded, plan)), true
             optimizer.zero_grad()
             with autocast:
                 logits = forward(x).float()
             loss = F.cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
-            # Not y, which a fork may mix.
-            accuracy = 100 * (logits.argmax(1) == labels[plan[0]]).float().mean()
+            accuracy = 100 * (logits.argmax(1) == true).float().mean()
             totals += torch.stack([loss.detach(), accuracy])  # on the device: nothing waits
             if sys.stdout.isatty() and i % 10 == 0:
                 step = f"{args.name}: epoch {epoch + 1}, step {i}/{steps_per_epoch}"
