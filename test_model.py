@@ -405,6 +405,8 @@ def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path):
     train.main(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
     np.savez(elsewhere, **dict(zip(train.ARRAYS, train.synthetic(200, 100, 10))))  # this is not
     assert "made with data_checksum" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
+    (tmp_path / "a/config.json").unlink()  # to get around the refusal
+    assert "has no config.json" in refused(flags("--epochs 1", npz, tmp_path))
 
 
 def test_a_new_flag_disowns_no_earlier_run(npz, tmp_path):
@@ -459,10 +461,18 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     assert "--data FILE.npz" in line and "\n" not in line
 
 
-def test_a_run_is_trained_by_one_process(npz, tmp_path):
+def test_a_run_is_trained_by_one_process(npz, tmp_path, monkeypatch):
     with FileLock(tmp_path / ".a.lock"):
-        assert "another process trains" in refused(flags("", npz, tmp_path))
+        assert "another process" in refused(flags("", npz, tmp_path))
     assert not (tmp_path / "a").exists()  # if it was deleted, the other process does not go on
+
+    def meanwhile(*_):  # all was deleted, the lock too, and another process has begun
+        (tmp_path / "a/config.json").touch()
+        return 0.0, 0.0
+
+    monkeypatch.setattr(train, "evaluate", meanwhile)
+    assert "another process trains there" in refused(flags("", npz, tmp_path))
+    assert not (tmp_path / "a/log.csv").exists()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")

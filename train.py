@@ -1,12 +1,12 @@
 """Train one VGG and log its gradients: `python train.py --blocks 10 --bn --residual --wd 1e-3`.
 
 Reads top to bottom: data, augmentation, schedule, evaluation, files, flags, and main(), which has
-the training loop. A run writes runs/NAME/{config.json,log.csv,grads.csv,best.pt,last.pt,
-result.json}; the same command resumes an interrupted one from last.pt.
+the training loop. The same command resumes an interrupted run from runs/NAME/last.pt.
 """
 import argparse
 import copy
 import functools
+import io
 import json
 import math
 import shlex
@@ -33,7 +33,7 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 def split_indices(n):
     """Indices of the training (95 %) and validation images among n images.
 
-    The split never depends on a run's seed. For CIFAR-100's 50,000 images it is the paper's.
+    The split never depends on a run's seed. For the official archive's 50,000 it is the paper's.
     """
     train = np.random.RandomState(0).choice(n, n - max(1, n // 20), replace=False)
     return train, np.setdiff1d(np.arange(n), train)
@@ -57,6 +57,7 @@ def cifar100(data_dir):
         try:
             test = CIFAR100(data_dir, train=False)
         except RuntimeError:  # torchvision's word for "not there, or damaged"
+            print(f"train.py: no CIFAR-100 in {data_dir}/, so it is downloaded", flush=True)
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(f"{data_dir}/download.lock"):  # of several runs only one downloads
                 test = CIFAR100(data_dir, train=False, download=True)  # brings both parts
@@ -134,7 +135,7 @@ def augment(padded, plan):
 
 # ---- schedule and evaluation
 def cosine_lr(t, period, lr_max, lr_min):
-    """Learning rate at time t: from lr_max at t = 0 down to lr_min at t = period (section 5)."""
+    """Learning rate at time t (section 5): lr_max at 0, lr_min at period, and then up again."""
     return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * t / period)) / 2
 
 
@@ -159,7 +160,9 @@ def write(path, content):
     if isinstance(content, str):
         temporary.write_text(content)
     else:
-        torch.save(content, temporary)
+        buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+        torch.save(content, buffer)
+        temporary.write_bytes(buffer.getbuffer())
     temporary.replace(path)
 
 
@@ -200,11 +203,11 @@ def parse_args(argv=None):
     flag("--init", choices=INITS, default="default", help="initial weights, see model.py")
     # training
     flag("--epochs", type=int, default=100, help="also the cosine's length")
-    flag("--batch-size", type=int, default=100, help="a last partial batch is kept")
+    flag("--batch-size", type=int, default=100, help="the last one may be smaller")
     flag("--lr", type=float, default=1e-3, help="learning rate of the first epoch")
     flag("--lr-min", type=float, default=2e-5, help="where the cosine ends")
     flag("--lr-scale", type=float, default=1.0, help="multiplies --lr and --lr-min")
-    flag("--cosine", choices=["epochs", "batches"], default="epochs", help="the cosine's unit")
+    flag("--cosine", choices=["epochs", "batches"], default="epochs", help="batches: it swings")
     flag("--wd", type=float, default=0.0, help="weight decay: L2 as in Adam, not AdamW")
     flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
@@ -217,7 +220,7 @@ def parse_args(argv=None):
     flag("--out", type=Path, default="runs", help="folder of the runs")
     flag("--name", default=None, help="this run's folder in it; None: from the settings")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    flag("--compile", action="store_true", help="torch.compile: faster on a GPU, after a minute")
+    flag("--compile", action="store_true", help="torch.compile: faster on a GPU, after 30 s")
     args = p.parse_args(argv)
     at_least = {"blocks": 0, "filters": 1, "epochs": 1, "batch_size": 1, "seed": 0, "limit": 1}
     for key, low in at_least.items():
@@ -244,7 +247,7 @@ def hardware(device):
     return name, cpu.get("avx512_bf16", False)
 
 
-def main(argv=None):
+def main(argv=sys.argv[1:]):
     # ---- set-up
     args, settings = parse_args(argv)
     device = torch.device(args.device)
@@ -256,8 +259,10 @@ def main(argv=None):
         args.precision = settings["precision"] = "bf16" if native_bf16 else "fp32"
     if Path(args.data).is_file():  # another file of the same name is other data
         settings["data_checksum"] = zlib.crc32(Path(args.data).read_bytes())
-    # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    # bf16 has float32's exponents: even a gradient of 1e-30 needs no loss scaling. No cache:
+    # an interrupted notebook cell can leave old weights in it.
+    bf16 = args.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
 
     # ---- the run's folder
     run = args.out / args.name
@@ -266,7 +271,7 @@ def main(argv=None):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        sys.exit(f"train.py: another process trains {run}: wait, or use another --name")
+        sys.exit(f"train.py: another process (or notebook) has {run}: wait, or use another --name")
     run.mkdir(exist_ok=True)  # FileLock has made the folders above it
     if (run / "config.json").exists():
         was = json.loads((run / "config.json").read_text())["settings"]
@@ -275,6 +280,8 @@ def main(argv=None):
         if changed:
             sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that with --name "
                      f"{args.name}, another --name or --out, or delete it")
+    elif (run / "last.pt").exists() or (run / "result.json").exists():
+        sys.exit(f"train.py: {run} has no config.json, which has its settings: delete it")
     if (run / "result.json").exists():
         print(f"{args.name}: finished before; see {run}, or delete it to start over")
         return
@@ -315,12 +322,13 @@ def main(argv=None):
     if maker not in state["made_by"]:  # several if a run resumed elsewhere
         state["made_by"].append(maker)
     config = {
-        "name": args.name, "layers": model.num_layers,
+        "name": args.name, "classes": classes, "layers": model.num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", Path(__file__).name, *argv]),
         "settings": settings, "steps_per_epoch": steps_per_epoch, "made_by": state["made_by"],
     }
     write(run / "config.json", json.dumps(config, indent=1) + "\n")
+    written = (run / "config.json").stat().st_mtime_ns
     print(f"{args.name}: {config['layers']} layers, {config['parameters']:,} parameters; "
           f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images of {classes} "
           f"classes; {maker}; {len(log)} epochs done", flush=True)
@@ -375,12 +383,14 @@ def main(argv=None):
         }  # floats, because last.pt and result.json cannot hold what np.mean, say, returns
         log.append({"epoch": epoch + 1} | {key: float(value) for key, value in row.items()})
         grads.append({"epoch": epoch + 1} | dict(zip(layers, flow)))
+        if (run / "config.json").stat().st_mtime_ns != written:  # the lock was deleted with --out
+            sys.exit(f"train.py: {run} was deleted, and another process trains there now")
         finite = math.isfinite(train_loss + val_loss)
         if finite and (state["best"] is None or val_acc > state["best"]["val_acc"]):
             state |= {"best": log[-1], "best_model": copy.deepcopy(model.state_dict())}
             write(run / "best.pt", state["best_model"])
-        write(run / "log.csv", csv_text(log))
         write(run / "grads.csv", csv_text(grads))
+        write(run / "log.csv", csv_text(log))  # plot.py draws what has one
         # After the others, because a run resumes from it: a kill before it repeats this epoch.
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write(run / "last.pt", state)
