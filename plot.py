@@ -53,9 +53,10 @@ def read_run(folder, label=None, colour=None):
 
 
 def is_cifar100(run):
-    """False for other data, and for a part of it."""
-    settings = run["config"]["settings"]
-    return settings["data"] in ("cifar100", "cifar100.npz") and not settings["limit"]
+    """False for other data (its 20 coarse classes are), and for a part of it."""
+    settings, classes = run["config"]["settings"], run["config"].get("classes", 100)
+    named = settings["data"] in ("cifar100", "cifar100.npz")
+    return named and classes == 100 and not settings["limit"]
 
 
 def note(runs):
@@ -69,7 +70,9 @@ def note(runs):
         text += f" of {settings['data']}"
     if settings["limit"]:
         text += f", limit {settings['limit']}"
-    return f"{text}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    text += f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    left_out = runs[0].get("left_out")
+    return f"{text}, {left_out} left out" if left_out else text
 
 
 def caption(runs):
@@ -254,21 +257,23 @@ def read_seeds(folder, name):
 
     _, defaults = train.parse_args([])  # for flags newer than a run
 
-    longest = max(runs, key=lambda run: len(run["log"]["epoch"]))
+    longest = max(runs, key=lambda run: (len(run["log"]["epoch"]), len(run["config"]["settings"])))
     theirs = defaults | longest["config"]["settings"]
-    keys = [*defaults, "data_checksum"]  # of a data file; older runs lack it
     paper = PAPER_LOGS / f"{name}.csv"
     seeds = {}
     for run in runs:
         run["paper"] = read_csv(paper) if paper.exists() and is_cifar100(run) else None
         ours = defaults | run["config"]["settings"]
-        both = [key for key in keys if key in ours and key in theirs]
-        differ = {key for key in both if ours[key] != theirs[key]}
+        differ = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+        if "data_checksum" not in ours.keys() & theirs.keys():  # older runs have none
+            differ -= {"data_checksum"}
         as_long = len(run["log"]["epoch"]) == len(longest["log"]["epoch"])
         if as_long and differ <= {"seed"} and ours["seed"] not in seeds:
             seeds[ours["seed"]] = run
         else:
             print(f"plot.py: left out for its length, settings or seed: {run['config']['command']}")
+    for run in seeds.values():
+        run["left_out"] = len(runs) - len(seeds)
     return list(seeds.values())
 
 

@@ -606,22 +606,26 @@ def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed3")  # that is seed 1 again
     shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed4")
     shutil.copytree(runs / "vgg38", runs / "vgg08-seed5")  # that has an epoch less
-    added = {"": {"data_checksum": 1, "gone": 1}, "-seed1": {"gone": 2}, "-seed2": {"wd": 0.01}}
+    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed6")
+    added = {"": {"data_checksum": 1}, "-seed2": {"wd": 0.01}}
     added |= {"-seed4": {"data_checksum": 2, "seed": 4}, "-seed5": {"blocks": 0, "seed": 5}}
+    added |= {"-seed6": {"smooth": 0.1, "seed": 6}}  # a flag of a fork, or one that is gone
     for suffix, settings in added.items():
         path = runs / f"vgg08{suffix}/config.json"
         config = read_json(path)
         config["settings"] |= settings
         path.write_text(json.dumps(config))
     found = plot.read_seeds(runs, "vgg08")
-    assert [run["config"]["settings"].get("gone") for run in found] == [1, 2]
-    assert capsys.readouterr().out.count("left out") == 4 and not any(r["paper"] for r in found)
+    assert [run["config"]["settings"]["seed"] for run in found] == [0, 1]
+    assert plot.note(found).endswith("2 seeds, 5 left out")
+    assert capsys.readouterr().out.count("left out") == 5 and not any(r["paper"] for r in found)
 
 
 def test_what_counts_as_cifar100():
-    for data, limit in [("cifar100", None), ("cifar100", 100), ("cifar100_lt.npz", None)]:
-        run = {"config": {"settings": {"data": data, "limit": limit}}}
-        assert plot.is_cifar100(run) == (data == "cifar100" and not limit)
+    others = [("cifar100", 100, 100), ("cifar100_lt.npz", None, 100), ("cifar100.npz", None, 20)]
+    for data, limit, classes in [("cifar100", None, 100), *others]:
+        run = {"config": {"settings": {"data": data, "limit": limit}, "classes": classes}}
+        assert plot.is_cifar100(run) == ((data, limit, classes) not in others)
 
 
 def test_compare_any_runs(runs, tmp_path, capsys):
