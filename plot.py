@@ -211,6 +211,7 @@ EXTRAS = {  # not in the paper; batch 64 is from its author's logs
     "vgg38_residual_only": ("VGG38 residual, no BN", None, None, None, None, 4),
     "vgg38_he": ("VGG38, He initialisation", None, None, None, None, 6),
     "vgg38_dirac": ("VGG38, Dirac initialisation", None, None, None, None, 7),
+    "vgg38_eps": ("VGG38, Adam's eps 1e-17", None, None, None, None, 2),
     # the table that the coursework has handed out since 2021
     "cw21_vgg08": ("VGG08, cw21", 51.59, 46.84, 1.74, 1.95, 0),
     "cw21_vgg38_bn": ("VGG38 BN, cw21", 47.13, 42.76, 1.91, 2.14, 1),

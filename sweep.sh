@@ -27,13 +27,14 @@ vgg72                --bn --residual --wd 1e-3 --stages 5 --blocks 6
 vgg132               --bn --residual --wd 1e-3 --stages 5 --blocks 12'  # the paper calls it VGG106
 
 # Not in the paper: a net that does have 106 layers, its author's batch 64, residual without BN,
-# plain VGG38 with other initial weights, and cw21_*: the table that the coursework has handed out
-# since 2021 (README).
+# plain VGG38 with other initial weights or a smaller eps in Adam, and cw21_*: the table that the
+# coursework has handed out since 2021 (README).
 EXTRAS='vgg106               --bn --residual --wd 1e-3 --stages 4 --blocks 12
 vgg38_rn_batch64     --bn --residual --wd 1e-3 --batch-size 64
 vgg38_residual_only  --residual
 vgg38_he             --init he
 vgg38_dirac          --init dirac
+vgg38_eps            --eps 1e-17
 cw21_vgg08           --cosine batches --blocks 0
 cw21_vgg38_bn        --cosine batches --bn
 cw21_vgg38_rc        --cosine batches --plain-reduction --residual

@@ -227,14 +227,14 @@ def refused(args):
     return stop.value.code
 
 
-def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
+def plain_loop(npz, seed, lr_max, lr_min, wd, eps, epochs):
     """The paper's recipe again: ordinary Adam, images cropped one by one. A row an epoch, with the
     gradients, and the test loss of the best epoch. Without batch norm, which amplifies rounding.
     """
     (images, labels), (val, val_labels), (test, test_labels) = train.load_data(str(npz))
     torch.manual_seed(seed)
     model = VGG(stages=3, blocks=0, filters=8, residual=True, classes=10)
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=wd, foreach=False)
+    optimizer = torch.optim.Adam(model.parameters(), eps=eps, weight_decay=wd, foreach=False)
     log, flow, test_losses = [], [], []
     for epoch in range(epochs):
         lr = lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
@@ -270,9 +270,9 @@ def plain_loop(npz, seed, lr_max, lr_min, wd, epochs):
 
 
 def test_a_run_is_the_papers_recipe(npz, tmp_path):
-    text = "--epochs 2 --wd 1e-2 --lr-scale 2 --precision fp32 --seed 3 --residual"
+    text = "--epochs 2 --wd 1e-2 --eps 1e-3 --lr-scale 2 --precision fp32 --seed 3 --residual"
     train.main(flags(text, npz, tmp_path))
-    log, flow, test_loss = plain_loop(npz, seed=3, lr_max=2e-3, lr_min=4e-5, wd=1e-2, epochs=2)
+    log, flow, test_loss = plain_loop(npz, 3, 2e-3, 4e-5, wd=1e-2, eps=1e-3, epochs=2)
     columns = "epoch lr train_loss train_acc val_loss val_acc grad_norm".split()
     ours = [[row[column] for column in columns] for row in rows(tmp_path / "a/log.csv")]
     np.testing.assert_allclose(np.array(ours, float), log, rtol=2e-3)

@@ -57,7 +57,7 @@ def cifar100(data_dir):
         try:
             test = CIFAR100(data_dir, train=False)
         except RuntimeError:  # torchvision's word for "not there, or damaged"
-            print(f"train.py: no CIFAR-100 in {data_dir}/, so it is downloaded", flush=True)
+            print(f"train.py: no CIFAR-100 in {data_dir}/, so it is downloaded")
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(f"{data_dir}/download.lock"):  # of several runs only one downloads
                 test = CIFAR100(data_dir, train=False, download=True)  # brings both parts
@@ -135,7 +135,7 @@ def augment(padded, plan):
 
 # ---- schedule and evaluation
 def cosine_lr(t, period, lr_max, lr_min):
-    """Learning rate at time t (section 5): lr_max at 0, lr_min at period, and then up again."""
+    """Learning rate at time t (section 5): lr_max at 0, lr_min at period, then up again."""
     return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * t / period)) / 2
 
 
@@ -160,7 +160,7 @@ def write(path, content):
     if isinstance(content, str):
         temporary.write_text(content)
     else:
-        buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+        buffer = io.BytesIO()  # torch.save does not say that a disk is full
         torch.save(content, buffer)
         temporary.write_bytes(buffer.getbuffer())
     temporary.replace(path)
@@ -209,6 +209,7 @@ def parse_args(argv=None):
     flag("--lr-scale", type=float, default=1.0, help="multiplies --lr and --lr-min")
     flag("--cosine", choices=["epochs", "batches"], default="epochs", help="batches: it swings")
     flag("--wd", type=float, default=0.0, help="weight decay: L2 as in Adam, not AdamW")
+    flag("--eps", type=float, default=1e-8, help="Adam's: gradients far below it move little")
     flag("--seed", type=int, default=0, help="of weights and batches, not of the split")
     flag("--no-augment", action="store_true", help="no random crops and flips")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 if native")
@@ -281,7 +282,7 @@ def main(argv=sys.argv[1:]):
             sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that with --name "
                      f"{args.name}, another --name or --out, or delete it")
     elif (run / "last.pt").exists() or (run / "result.json").exists():
-        sys.exit(f"train.py: {run} has no config.json, which has its settings: delete it")
+        sys.exit(f"train.py: {run} has no config.json (its settings): delete it")
     if (run / "result.json").exists():
         print(f"{args.name}: finished before; see {run}, or delete it to start over")
         return
@@ -303,7 +304,8 @@ def main(argv=sys.argv[1:]):
     )
     model = model.to(device, memory_format=torch.channels_last)
     layers = model.weight_layers()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, eps=args.eps, weight_decay=args.wd,
+                                 fused=True)
     # The compiled network shares the weights of `model`, which evaluate() uses as it is.
     forward = torch.compile(model, mode="reduce-overhead", dynamic=False) if args.compile else model
 
@@ -383,8 +385,8 @@ def main(argv=sys.argv[1:]):
         }  # floats, because last.pt and result.json cannot hold what np.mean, say, returns
         log.append({"epoch": epoch + 1} | {key: float(value) for key, value in row.items()})
         grads.append({"epoch": epoch + 1} | dict(zip(layers, flow)))
-        if (run / "config.json").stat().st_mtime_ns != written:  # the lock was deleted with --out
-            sys.exit(f"train.py: {run} was deleted, and another process trains there now")
+        if (run / "config.json").stat().st_mtime_ns != written:  # the lock went with --out
+            sys.exit(f"train.py: {run} was deleted, and another process trains there")
         finite = math.isfinite(train_loss + val_loss)
         if finite and (state["best"] is None or val_acc > state["best"]["val_acc"]):
             state |= {"best": log[-1], "best_model": copy.deepcopy(model.state_dict())}
