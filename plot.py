@@ -16,6 +16,8 @@ os.environ["MPLBACKEND"] = "Agg"  # before matplotlib: a notebook names one that
 import matplotlib.pyplot as plt
 import numpy as np
 
+plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches; less, and panels touch
+
 METRICS = {
     "train_acc": "train acc %",
     "val_acc": "val acc %",
@@ -24,6 +26,7 @@ METRICS = {
 }
 LOSS = ("loss", "cross-entropy")
 ACC = ("acc", "accuracy (%)")
+LATE = ("acc", "validation accuracy (%), the last half")
 # Chosen to be told apart by the colour-blind.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9 #8C6D31".split()
 
@@ -76,9 +79,9 @@ def note(runs):
 
 
 def caption(runs):
-    """A legend's text: the label, with its note if that is not the paper's 100 epochs, 1 seed."""
-    label = runs[0]["label"]
-    return label if note(runs) == "100 epochs, 1 seed" else f"{label} ({note(runs)})"
+    """A legend's text: the label, and what of its note is not the paper's 100 epochs, 1 seed."""
+    text = note(runs).removeprefix("100 epochs, ")
+    return runs[0]["label"] if text == "1 seed" else f"{runs[0]['label']} ({text})"
 
 
 def save(figure, path):
@@ -91,22 +94,26 @@ def curves(groups, panels, title, path):
     """Loss and accuracy by epoch: validation solid, training light and dotted, a colour a group.
 
     A group is the seeds of one run: their mean, and the range of their validation as a band. Thin:
-    the paper's own curve, if runs[0]["paper"] has it.
+    the paper's own curve, if runs[0]["paper"] has it. LATE is validation alone, closer.
     """
     size = (6.4 * len(panels), 5.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     many = len(groups) > len(COLOURS)
     wheel = plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else COLOURS
-    for axis, (metric, ylabel) in zip(axes[0], panels):
+    for axis, panel in zip(axes[0], panels):
+        metric, ylabel = panel
         for i, runs in enumerate(groups):
             colour = wheel[i] if runs[0]["colour"] is None else COLOURS[runs[0]["colour"]]
-            epochs = runs[0]["log"]["epoch"]
+            start = len(runs[0]["log"]["epoch"]) // 2 if panel is LATE else 0
+            epochs = runs[0]["log"]["epoch"][start:]
             dot = "o" if len(epochs) == 1 else None
-            val = np.stack([run["log"][f"val_{metric}"] for run in runs])
+            val = np.stack([run["log"][f"val_{metric}"][start:] for run in runs])
             train = np.stack([run["log"][f"train_{metric}"] for run in runs])
             axis.plot(epochs, val.mean(0), color=colour, marker=dot, lw=1.4, label=caption(runs))
-            axis.plot(epochs, train.mean(0), ":", color=colour, marker=dot, lw=1.6, alpha=0.55)
             axis.fill_between(epochs, val.min(0), val.max(0), color=colour, alpha=0.2, lw=0)
+            if panel is LATE:
+                continue
+            axis.plot(epochs, train.mean(0), ":", color=colour, marker=dot, lw=1.6, alpha=0.55)
             paper = runs[0].get("paper")
             if paper:
                 x = paper["epoch"]
@@ -117,9 +124,11 @@ def curves(groups, panels, title, path):
         axis.grid(alpha=0.3)
         if metric == "loss":
             axis.set_ylim(bottom=0)
-            if axis.get_ylim()[1] > 6:  # far over chance, ln 100 = 4.6: it would flatten the rest
+            # What is far over chance, ln 100 = 4.6, would flatten the rest.
+            if axis.get_ylim()[1] > 6 > axis.dataLim.y0:
                 axis.set(ylim=(0, 6), ylabel=f"{ylabel} (cut at 6)")
-    styles = {"validation": "-", "training": ":"}
+    band = " (band: all seeds)" if max(map(len, groups)) > 1 else ""
+    styles = {f"validation{band}": "-", "training": ":"}
     if any(runs[0].get("paper") for runs in groups):
         styles |= {"paper, validation": "--", "paper, training": "-."}
     for label, style in styles.items():
@@ -147,9 +156,9 @@ def gradient_flow(runs, title, path):
             for epoch, values in enumerate(flow, 1):
                 axis.plot(x, values, color=colour.to_rgba(epoch), lw=0.9, marker=".", ms=3)
             axis.set(yscale=scale, xlabel="weight of a conv, norm or linear layer, input to output")
-            axis.set_ylabel("mean |gradient|")
-            axis.set_title(f"{caption([run])}, {scale}", fontsize=9)
+            axis.set_ylabel(f"mean |gradient|, {scale}")
             axis.grid(alpha=0.3)
+        row[0].set_title(f"{caption([run])}, seed {settings['seed']}", fontsize=9, loc="left")
         stage = settings["blocks"] + 1  # blocks of a stage, the reduction block the last of them
         for end in range(stage - 1, stage * settings["stages"], stage):
             tensors = [i for i, name in zip(x, names) if name.startswith(f"blocks.{end}.")]
@@ -236,7 +245,7 @@ FIGURES = {  # file: title, what is drawn, runs
     "figure4": ("Figure 4 (section 5.3): learning rate and batch size", [LOSS],
                 "vgg38_rn_wd1e-3", "vgg38_rn_lr5", "vgg38_rn_lr30", "vgg38_rn_lr100",
                 "vgg38_rn_batch256", "vgg38_rn_batch512"),
-    "figure5": ("Figure 5 (section 5.4): depth", [ACC, LOSS],
+    "figure5": ("Figure 5 (section 5.4): depth", [ACC, LATE, LOSS],
                 "vgg38_rn_wd1e-3", "vgg68", "vgg72", "vgg132"),
 }
 MILESTONES = (1, 2, 5, 10, 30, 100)  # epochs
@@ -350,7 +359,7 @@ def tables(found):
     return (
         "# The paper and this implementation\n\nWritten by `python plot.py`. Mean ± standard "
         "deviation over seeds where there are several; the paper's are of 100 epochs and one seed. "
-        "A dash: no such run, or no such figure.\n\n"
+        "A dash: no such run, or no such figure. Hashes: the commit, then the code.\n\n"
         + table_of_runs("All runs of the paper, last epoch", PAPER, found)
         + table_of_runs("Extras, not in the paper", extras, found, "published")
         + table_of_the_test_set(there)
@@ -376,7 +385,8 @@ def main(argv=None):
                  "for any others name their folders: python plot.py RUN ...")
     flows = [found[name][0] for name in ("vgg08", "vgg38", "vgg38_rn") if found[name]]
     if flows:
-        title = "Figure 1: gradient flow, last mini-batch of every epoch (grey: where a stage ends)"
+        title = ("Figure 1: gradient flow, last mini-batch of every epoch (grey: a stage ends; "
+                 "ResNet's zigzag: conv, norm, conv, norm, ...)")
         gradient_flow(flows, title, args.out / "figure1.png")
     for file, (title, panels, *names) in FIGURES.items():
         groups = [found[name] for name in names if found[name]]

@@ -7,18 +7,16 @@ and of the linear layer: how much of the signal differs between images (root mea
 its mean over the images), how far the images' directions are apart (one minus the mean cosine of
 two images), and the mean |gradient| of the loss with respect to that input.
 """
-import os
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "Agg"
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from model import VGG
+from plot import COLOURS, plt
 
 NETS = {
     "plain": {},
@@ -29,9 +27,9 @@ NETS = {
     "both": {"bn": True, "residual": True},
 }
 MEASURES = (
-    "part that differs between images",
+    "what differs between images",
     "1 - mean cosine of two images",
-    "mean |dL/d input|",
+    "mean |gradient|",
 )
 
 
@@ -65,13 +63,16 @@ def main(source="cifar100", seed=0):
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     layers = range(1, 39)
     for i, (axis, title) in enumerate(zip(axes, MEASURES)):
-        for name, values in found.items():
-            axis.plot(layers, values[i], lw=1.3, label=name)
+        for (name, values), colour in zip(found.items(), COLOURS):
+            axis.plot(layers, values[i], lw=1.3, color=colour, label=name)
         for end in (13.5, 25.5, 37.5):  # a stage is 12 convs, after the entry's
             axis.axvline(end, color="grey", lw=0.8, alpha=0.6)
-        axis.set(yscale="log", title=title, xlabel="layer, input to output (grey: a stage ends)")
+        axis.set(yscale="log", title=title, xlabel="at the input of layer (grey: a stage ends)")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=len(NETS))
+    figure.suptitle("VGG38 before training: the image on the way forward (left and middle), "
+                    "the gradient on the way back (right)")
     if int(seed) == 0:  # the picture in README
         figure.savefig(Path(__file__).parent / "vanishing.png", dpi=110)
     columns = {"first block": 1, "second stage": 13, "third stage": 25, "linear layer": 37}
