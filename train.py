@@ -282,7 +282,7 @@ def main(argv=sys.argv[1:]):
             sys.exit(f"train.py: {run} was made with {', '.join(changed)}: use that with --name "
                      f"{args.name}, another --name or --out, or delete it")
     elif (run / "last.pt").exists() or (run / "result.json").exists():
-        sys.exit(f"train.py: {run} has no config.json (its settings): delete it")
+        sys.exit(f"train.py: {run} has no config.json, its settings: delete it")
     if (run / "result.json").exists():
         print(f"{args.name}: finished before; see {run}, or delete it to start over")
         return
@@ -392,7 +392,7 @@ def main(argv=sys.argv[1:]):
             state |= {"best": log[-1], "best_model": copy.deepcopy(model.state_dict())}
             write(run / "best.pt", state["best_model"])
         write(run / "grads.csv", csv_text(grads))
-        write(run / "log.csv", csv_text(log))  # plot.py draws what has one
+        write(run / "log.csv", csv_text(log))  # what plot.py looks for
         # After the others, because a run resumes from it: a kill before it repeats this epoch.
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write(run / "last.pt", state)
