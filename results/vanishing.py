@@ -26,17 +26,13 @@ NETS = {
     "residual": {"residual": True},
     "both": {"bn": True, "residual": True},
 }
-MEASURES = (
-    "what differs between images",
-    "1 - mean cosine of two images",
-    "mean |gradient|",
-)
+MEASURES = ("what differs between images", "1 - mean cosine of two images", "mean |gradient|")
 
 
-def measure(images, labels, seed=0, **options):
+def measure(images, labels, seed=0, blocks=5, **options):
     """(3, layers): MEASURES at the input of every conv and the linear layer, input to output."""
     torch.manual_seed(seed)
-    model = VGG(stages=3, blocks=5, **options).double()
+    model = VGG(stages=3, blocks=blocks, **options).double()
     inputs = []
 
     def keep(module, args):
@@ -81,6 +77,10 @@ def main(source="cifar100", seed=0):
         for name, values in found.items():
             cells = [f"{values[i][at]:{len(column)}.2g}" for column, at in columns.items()]
             print(f"{name:12}  " + "  ".join(cells))
+    print(f"\n{MEASURES[1]}, at the input of the linear layer of plain")
+    for blocks in (0, 1, 2, 3):
+        _, apart, _ = measure(images, labels, int(seed), blocks)
+        print(f"VGG{6 * blocks + 8:02}  {apart[-1]:.2g}")
 
 
 if __name__ == "__main__":
