@@ -72,7 +72,6 @@ def test_forward_is_algorithm_1(bn, residual, act):
         torch.nn.init.normal_(tensor, std=0.3)  # away from the identity that a new BatchNorm is
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     p = dict(model.named_parameters())
-
     activate = torch.sigmoid if act == "sigmoid" else F.leaky_relu
 
     def conv(t, name):
@@ -166,8 +165,7 @@ def test_learning_rates():
 
 def test_augmentation_is_pad_crop_flip():
     n = 4000
-    # no zeros: what is black comes from the padding
-    images = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)  # 0 is padding
     padded = F.pad(images, [4] * 4)
     torch.manual_seed(5)
     plan = train.draw_plan(n, "cpu")
@@ -464,7 +462,7 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 def test_a_run_is_trained_by_one_process(npz, tmp_path, monkeypatch):
     with FileLock(tmp_path / ".a.lock"):
         assert "another process" in refused(flags("", npz, tmp_path))
-    assert not (tmp_path / "a").exists()  # if it was deleted, the other process does not go on
+    assert not (tmp_path / "a").exists()  # a deleted one stays away
 
     def meanwhile(*_):  # all was deleted, the lock too, and another process has begun
         (tmp_path / "a/config.json").touch()
@@ -603,10 +601,9 @@ def test_tables_and_figures(runs, tmp_path, capsys):
 
 
 def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
-    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed3")  # that is seed 1 again
-    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed4")
+    for seed in (3, 4, 6):  # 3 stays seed 1 again
+        shutil.copytree(runs / "vgg08-seed1", runs / f"vgg08-seed{seed}")
     shutil.copytree(runs / "vgg38", runs / "vgg08-seed5")  # that has an epoch less
-    shutil.copytree(runs / "vgg08-seed1", runs / "vgg08-seed6")
     added = {"": {"data_checksum": 1}, "-seed2": {"wd": 0.01}}
     added |= {"-seed4": {"data_checksum": 2, "seed": 4}, "-seed5": {"blocks": 0, "seed": 5}}
     added |= {"-seed6": {"smooth": 0.1, "seed": 6}}  # a flag of a fork, or one that is gone
