@@ -465,7 +465,7 @@ def test_a_run_is_trained_by_one_process(npz, tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()  # a deleted one stays away
 
     def meanwhile(*_):  # all was deleted, the lock too, and another process has begun
-        (tmp_path / "a/config.json").touch()
+        (tmp_path / "a/config.json").write_text("its own")
         return 0.0, 0.0
 
     monkeypatch.setattr(train, "evaluate", meanwhile)

@@ -324,13 +324,13 @@ def main(argv=sys.argv[1:]):
     if maker not in state["made_by"]:  # several if a run resumed elsewhere
         state["made_by"].append(maker)
     config = {
-        "name": args.name, "classes": classes, "layers": model.num_layers,
+        "name": args.name, "started": time.ctime(), "classes": classes, "layers": model.num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": shlex.join(["python", Path(__file__).name, *argv]),
         "settings": settings, "steps_per_epoch": steps_per_epoch, "made_by": state["made_by"],
     }
-    write(run / "config.json", json.dumps(config, indent=1) + "\n")
-    written = (run / "config.json").stat().st_mtime_ns
+    written = json.dumps(config, indent=1) + "\n"
+    write(run / "config.json", written)
     print(f"{args.name}: {config['layers']} layers, {config['parameters']:,} parameters; "
           f"{n:,} training, {len(val[1]):,} validation, {len(test[1]):,} test images of {classes} "
           f"classes; {maker}; {len(log)} epochs done", flush=True)
@@ -385,7 +385,7 @@ def main(argv=sys.argv[1:]):
         }  # floats, because last.pt and result.json cannot hold what np.mean, say, returns
         log.append({"epoch": epoch + 1} | {key: float(value) for key, value in row.items()})
         grads.append({"epoch": epoch + 1} | dict(zip(layers, flow)))
-        if (run / "config.json").stat().st_mtime_ns != written:  # the lock went with --out
+        if (run / "config.json").read_text() != written:  # the lock went with --out
             sys.exit(f"train.py: {run} was deleted, and another process trains there")
         finite = math.isfinite(train_loss + val_loss)
         if finite and (state["best"] is None or val_acc > state["best"]["val_acc"]):
