@@ -461,8 +461,8 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 def test_a_run_is_trained_by_one_process(npz, tmp_path, monkeypatch):
     with FileLock(tmp_path / ".a.lock"):
-        assert "another process" in refused(flags("", npz, tmp_path))
-    assert not (tmp_path / "a").exists()  # a deleted one stays away
+        assert "another process (or notebook) has" in refused(flags("", npz, tmp_path))
+    assert not (tmp_path / "a").exists()  # not made anew if deleted
 
     def meanwhile(*_):  # all was deleted, the lock too, and another process has begun
         (tmp_path / "a/config.json").write_text("its own")
