@@ -42,7 +42,7 @@ cw21_vgg38_bn_rc     --cosine batches --plain-reduction --bn --residual
 cw21_vgg38_bn_lr1e-2      --cosine batches --bn --lr 1e-2
 cw21_vgg38_bn_rc_lr1e-2   --cosine batches --plain-reduction --bn --residual --lr 1e-2'
 
-list() { printf '%s\n' "$RUNS" "$EXTRAS"; }
+list() { printf '%s\n' "$RUNS" "$EXTRAS" | grep -v '^ *#'; }
 fail() { echo "sweep.sh: $1" >&2; exit 2; }
 
 if [ "${1:-}" = --list ]; then list; exit; fi
@@ -54,7 +54,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 [ $# -eq 0 ] || shift  # the --
-runs=${chosen:-$RUNS}
+runs=${chosen:-$(grep -v '^ *#' <<<"$RUNS")}
 task=${SLURM_ARRAY_TASK_ID:-}
 [ -z "$task" ] || runs=$(echo "${chosen:-$(list)}" | sed -n "${task}p")
 train=$(dirname "$0")/train.py

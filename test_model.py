@@ -494,14 +494,14 @@ def test_compiled_trains_as_eager_does(npz, tmp_path):
 def sweep(tmp_path):
     """Runs sweep.sh with a python that prints its arguments and runs CODE (shell)."""
 
-    def run(*args, code="", **env):
+    def run(*args, code="", script=HERE / "sweep.sh", **env):
         python = tmp_path / "python"
         python.write_text(f'#!/bin/sh\necho "$@"\n{code}\n')
         python.chmod(0o755)
         unset = {"JOBS": "", "SEEDS": "", "SLURM_ARRAY_TASK_ID": ""}
         env = {**os.environ, **unset, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
         options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-        done = subprocess.run(["bash", HERE / "sweep.sh", *args], cwd=tmp_path, env=env, **options)
+        done = subprocess.run(["bash", script, *args], cwd=tmp_path, env=env, **options)
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -547,6 +547,14 @@ def test_a_slurm_task_is_a_line_of_the_list(sweep):
 def test_sweep_refuses_what_it_does_not_know(sweep):
     status, out, err = sweep("none-such")
     assert status == 2 and "none-such" in err and not out
+
+
+def test_a_line_can_be_commented_out(sweep, tmp_path):
+    script = tmp_path / "sweep.sh"
+    script.write_text((HERE / "sweep.sh").read_text().replace("\nvgg72 ", "\n#vgg72 "))
+    for args, names in (([], plot.PAPER), (["--list"], plot.PAPER | plot.EXTRAS)):
+        _, out, _ = sweep(*args, script=script)
+        assert "vgg72" not in out and len(out.splitlines()) == len(names) - 1
 
 
 # ---- plot.py
