@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,8 +75,7 @@ def note(runs):
     if settings["limit"]:
         text += f", limit {settings['limit']}"
     text += f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    left_out = runs[0].get("left_out")
-    return f"{text}, {left_out} left out" if left_out else text
+    return ", ".join([text, *runs[0].get("remarks", [])])
 
 
 def caption(runs):
@@ -159,8 +159,8 @@ def gradient_flow(runs, title, path):
             axis.set_ylabel(f"mean |gradient|, {scale}")
             axis.grid(alpha=0.3)
         row[0].set_title(f"{caption([run])}, seed {settings['seed']}", fontsize=9, loc="left")
-        stage = settings["blocks"] + 1  # blocks of a stage, the reduction block the last of them
-        for end in range(stage - 1, stage * settings["stages"], stage):
+        stage = settings.get("blocks", 0) + 1  # blocks a stage, the last the reduction block
+        for end in range(stage - 1, stage * settings.get("stages", 0), stage):
             tensors = [i for i, name in zip(x, names) if name.startswith(f"blocks.{end}.")]
             for axis in row:
                 axis.axvline(max(tensors, default=0) + 0.5, color="grey", lw=0.8, alpha=0.6)
@@ -251,10 +251,18 @@ FIGURES = {  # file: title, what is drawn, runs
 MILESTONES = (1, 2, 5, 10, 30, 100)  # epochs
 
 
+def sweep_lines():
+    """{name: list of flags} as sweep.sh has them."""
+    sweep = Path(__file__).with_name("sweep.sh")
+    lines = subprocess.check_output(["bash", sweep, "--list"], text=True).splitlines()
+    return {name: flags for name, *flags in map(str.split, lines)}
+
+
 def read_seeds(folder, name):
     """The runs NAME, NAME-seed1, ... in folder, for a mean over runs that differ in the seed alone.
 
-    Those that are not like the longest, or repeat a seed, are named and left out.
+    Those that are not like the longest, or repeat a seed, are named and left out. What else a line
+    of a table should say is in each run's "remarks": how many that were, settings not sweep.sh's.
     """
     label, *_, colour = (PAPER | EXTRAS)[name]
     own = re.compile(re.escape(name) + r"(-seed\d+)?")
@@ -282,8 +290,17 @@ def read_seeds(folder, name):
             seeds[ours["seed"]] = run
         else:
             print(f"plot.py: left out for its length, settings or seed: {run['config']['command']}")
+    left_out = len(runs) - len(seeds)
+    remarks = [f"{left_out} left out"] if left_out else []
+    lines = sweep_lines()
+    if name in lines:
+        _, usual = train.parse_args(lines[name])
+        told = {"seed", "epochs", "data", "data_checksum", "limit", "precision"}  # elsewhere
+        for key in theirs:
+            if key not in told and theirs[key] != usual.get(key):
+                remarks.append(f"{key} {theirs[key]}")
     for run in seeds.values():
-        run["left_out"] = len(runs) - len(seeds)
+        run["remarks"] = remarks
     return list(seeds.values())
 
 

@@ -624,6 +624,9 @@ def test_a_mean_is_over_runs_that_differ_in_the_seed_alone(runs, capsys):
     assert [run["config"]["settings"]["seed"] for run in found] == [0, 1]
     assert plot.note(found).endswith("2 seeds, 5 left out")
     assert capsys.readouterr().out.count("left out") == 5 and not any(r["paper"] for r in found)
+    config = (runs / "vgg38/config.json").read_text().replace('"wd": 0.0', '"wd": 0.01')
+    (runs / "vgg38/config.json").write_text(config)  # not sweep.sh's vgg38
+    assert plot.note(plot.read_seeds(runs, "vgg38")).endswith(", 1 seed, wd 0.01")
 
 
 def test_what_counts_as_cifar100():
@@ -649,6 +652,7 @@ def test_a_vanished_gradient_is_seen(runs, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
     run = plot.read_run(runs / "vgg38")
+    del run["config"]["settings"]["stages"]  # a fork's network has other flags
     run["grads"] = {f"blocks.{i}.conv1": np.array([10.0 ** (i - 18)]) for i in range(16)}
     plot.gradient_flow([run], "", None)
     linear, log = drawn[0].axes[:2]
