@@ -668,8 +668,9 @@ def test_the_image_vanishes_from_the_plain_net_alone():
     (images, labels), *_ = train.load_data("synthetic")
     images = train.normalise(images[:16]).double()
     for name, options in vanishing.NETS.items():
-        differs, _, gradient = vanishing.measure(images, labels[:16], **options)
+        differs, _, gradient, left = vanishing.measure(images, labels[:16], **options)
         assert len(differs) == 38 and differs[0] > 0.1 and gradient[-1] > 1e-4
+        assert left[-1] > 0.99 and (left[0] < 0.1 if name == "batch norm" else left[0] > 0.7)
         if name == "plain":
             assert differs[-1] < 1e-12 and gradient[0] < 1e-16
         else:
