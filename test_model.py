@@ -176,6 +176,8 @@ def test_augmentation_is_pad_crop_flip():
         assert torch.equal(out[i], crop.flip(2) if flip else crop)
     _, counts = plan[1:4].unique(dim=1, return_counts=True)  # offsets, mirrored and not: evenly
     assert len(counts) == 162 and abs(counts.float().var() / (n / 162) - 1) < 5 * (2 / 161) ** 0.5
+    larger = F.pad(torch.zeros(n, 3, 64, 64, dtype=torch.uint8), [4] * 4)  # a fork's images
+    assert train.augment(larger, plan[:, :2]).shape == (2, 3, 64, 64)
 
 
 def test_normalisation_is_the_frameworks():
@@ -205,6 +207,14 @@ def test_cifar100_is_read_as_torchvision_has_it(npz, tmp_path, monkeypatch):
     kept, _ = train.split_indices(300)
     assert np.array_equal(ours[0][0].permute(0, 2, 3, 1), data["train_images"][kept])
     assert np.array_equal(ours[0][1], data["train_labels"][kept])
+
+
+def test_bf16_where_it_is_faster(monkeypatch):
+    machines = [("AMD EPYC", False, True), ("Intel Xeon", True, True), ("Intel Xeon", False, False)]
+    for name, amx, faster in machines:
+        cpu = {"cpu_name": name, "avx512_bf16": True, "amx_bf16": amx}
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu, raising=False)
+        assert train.hardware(torch.device("cpu"))[1] is faster
 
 
 # ---- train.py: whole runs
@@ -301,10 +311,11 @@ def test_learns_the_synthetic_set_and_best_pt_holds_what_it_learned(tmp_path):
     np.testing.assert_allclose(figures, [result["test_loss"], result["test_acc"]], rtol=1e-2)
 
 
-def test_a_finished_run_is_left_alone(npz, tmp_path, capsys):
+def test_a_finished_run_is_left_alone(npz, tmp_path, capsys, monkeypatch):
     train.main(flags("--epochs 1", npz, tmp_path))
     before = (tmp_path / "a/last.pt").stat().st_mtime_ns
-    train.main(flags("--epochs 1", npz, tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags("--epochs 1", npz, tmp_path)])
+    train.main()
     assert "a: finished before" in capsys.readouterr().out
     assert (tmp_path / "a/last.pt").stat().st_mtime_ns == before
 
@@ -327,12 +338,16 @@ def test_killed_and_resumed_is_the_same(npz, tmp_path):
         del row["seconds"], row["steps_per_s"]
     assert logs[0] == logs[1] and len(logs[0]) == 20
     assert (whole / "a/grads.csv").read_text() == (killed / "a/grads.csv").read_text()
-    for file in ("best.pt", "last.pt"):
-        ours, theirs = [torch.load(out / "a" / file, weights_only=True) for out in (whole, killed)]
-        if file == "last.pt":
-            ours, theirs = ours["model"], theirs["model"]
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = [torch.load(out / "a/best.pt", weights_only=True) for out in (whole, killed)]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_training_loss_is_a_mean_over_the_steps_taken(npz, tmp_path, monkeypatch):
+    """In a fork that leaves some out, here six of eight."""
+    draw_plan = train.draw_plan
+    monkeypatch.setattr(train, "draw_plan", lambda *args: draw_plan(*args)[:, :80])
+    train.main(flags("--epochs 1", npz, tmp_path))
+    assert float(rows(tmp_path / "a/log.csv")[0]["train_loss"]) > 2  # chance is ln 10 = 2.3
 
 
 def test_numpy_is_seeded_in_every_epoch(npz, tmp_path, monkeypatch):
@@ -403,6 +418,8 @@ def test_a_run_does_not_go_on_with_other_settings(npz, tmp_path):
     train.main(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
     np.savez(elsewhere, **dict(zip(train.ARRAYS, train.synthetic(200, 100, 10))))  # this is not
     assert "made with data_checksum" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
+    os.remove(elsewhere)
+    assert "no file" in refused(flags("--epochs 1 --wd 1e-3", elsewhere, tmp_path))
     (tmp_path / "a/config.json").unlink()  # to get around the refusal
     assert "has no config.json" in refused(flags("--epochs 1", npz, tmp_path))
 
@@ -464,13 +481,18 @@ def test_a_run_is_trained_by_one_process(npz, tmp_path, monkeypatch):
         assert "another process (or notebook) has" in refused(flags("", npz, tmp_path))
     assert not (tmp_path / "a").exists()  # not made anew if deleted
 
-    def meanwhile(*_):  # all was deleted, the lock too, and another process has begun
-        (tmp_path / "a/config.json").write_text("its own")
+    config = tmp_path / "a/config.json"
+
+    def meanwhile(*_):
+        if not (tmp_path / "a/log.csv").exists():  # an editor only changes the blanks
+            config.write_text(json.dumps(read_json(config)))
+        else:  # all was deleted, the lock too, and another process has begun
+            config.write_text('{"started": "later"}')
         return 0.0, 0.0
 
     monkeypatch.setattr(train, "evaluate", meanwhile)
     assert "another process trains there" in refused(flags("", npz, tmp_path))
-    assert not (tmp_path / "a/log.csv").exists()
+    assert len(rows(tmp_path / "a/log.csv")) == 1
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
