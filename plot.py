@@ -218,7 +218,7 @@ EXTRAS = {  # not in the paper; batch 64 is from its author's logs
     "vgg106": ("VGG106, truly", None, None, None, None, 3),
     "vgg38_rn_batch64": ("RN+WP, batch 64", 83.38, 65.08, 0.56, 1.29, 6),
     "vgg38_residual_only": ("VGG38 residual, no BN", None, None, None, None, 4),
-    "vgg38_he": ("VGG38, He initialisation", None, None, None, None, 6),
+    "vgg38_he": ("VGG38, He initialisation, LR 1e-4", None, None, None, None, 6),
     "vgg38_dirac": ("VGG38, Dirac initialisation", None, None, None, None, 7),
     "vgg38_eps": ("VGG38, Adam's eps 1e-17", None, None, None, None, 2),
     # the table that the coursework has handed out since 2021

@@ -32,7 +32,7 @@ vgg132               --bn --residual --wd 1e-3 --stages 5 --blocks 12'  # the pa
 EXTRAS='vgg106               --bn --residual --wd 1e-3 --stages 4 --blocks 12
 vgg38_rn_batch64     --bn --residual --wd 1e-3 --batch-size 64
 vgg38_residual_only  --residual
-vgg38_he             --init he
+vgg38_he             --init he --lr 1e-4
 vgg38_dirac          --init dirac
 vgg38_eps            --eps 1e-17
 cw21_vgg08           --cosine batches --blocks 0

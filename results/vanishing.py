@@ -28,16 +28,16 @@ NETS = {
     "residual": {"residual": True},
     "both": {"bn": True, "residual": True},
 }
-MEASURES = (
-    "what differs between images", "1 - mean cosine of two images",
-    "mean |gradient|", "cosine of the gradients without and with 1 % noise",
-)
+MEASURES = ("what differs between images", "1 - mean cosine of two images", "mean |gradient|",
+            "cosine of the gradients without and with 1 % noise")
 
 
-def measure(images, labels, seed=0, blocks=5, **options):
-    """(4, layers): MEASURES at the input of every conv and the linear layer, input to output."""
+def measure(images, labels, seed=0, blocks=5, weights=None, **options):
+    """(4, layers): MEASURES at the input of each conv and linear layer. weights: a best.pt."""
     torch.manual_seed(seed)
     model = VGG(stages=3, blocks=blocks, **options).double()
+    if weights:
+        model.load_state_dict(torch.load(weights, map_location="cpu"))
     inputs = []
 
     def keep(module, args):
@@ -74,8 +74,7 @@ def main(source="cifar100", seed=0):
         axis.set(title=title, xlabel="at the input of layer (grey: a stage ends)")
         axis.set_yscale("linear" if title == MEASURES[-1] else "log")
         axis.grid(alpha=0.3)
-    legend = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=len(NETS))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle("VGG38 before training: the image on the way forward (above), "
                     "the gradient on the way back (below)")
     if int(seed) == 0:  # the picture in README
@@ -91,6 +90,10 @@ def main(source="cifar100", seed=0):
         deep = {name: measure(images, labels, int(seed), blocks, **o) for name, o in NETS.items()}
         left = "  ".join(f"{name} {values[3][1]:.2f}" for name, values in deep.items())
         print(f"VGG{6 * blocks + 8:02}  {deep['plain'][1][-1]:.2g}  {left}")
+    for name, run in {"batch norm": "vgg38_bn", "residual": "vgg38_residual_only"}.items():
+        weights = Path(__file__).parent / f"weights/{run}.pt"
+        left = measure(images, labels, weights=weights, **NETS[name])[3]
+        print(f"what noise leaves after 100 epochs, {name}: {left[1]:.2f}")
 
 
 if __name__ == "__main__":
