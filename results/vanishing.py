@@ -74,7 +74,7 @@ def main(source="cifar100", seed=0):
         axis.set(title=title, xlabel="at the input of layer (grey: a stage ends)")
         axis.set_yscale("linear" if title == MEASURES[-1] else "log")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(NETS))
     figure.suptitle("VGG38 before training: the image on the way forward (above), "
                     "the gradient on the way back (below)")
     if int(seed) == 0:  # the picture in README
